@@ -1,0 +1,1 @@
+"""An attention engine for LLM serving."""

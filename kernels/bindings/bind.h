@@ -1,0 +1,11 @@
+// One function per binding file.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fi {
+
+void bind_plan(pybind11::module_& m);
+void bind_cpu(pybind11::module_& m);
+
+}  // namespace fi
