@@ -7,5 +7,6 @@ namespace fi {
 
 void bind_plan(pybind11::module_& m);
 void bind_cpu(pybind11::module_& m);
+void bind_variants(pybind11::module_& m);
 
 }  // namespace fi

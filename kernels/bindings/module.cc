@@ -6,4 +6,5 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "Native core of fi_backend: planner and CPU engine.";
   fi::bind_plan(m);
   fi::bind_cpu(m);
+  fi::bind_variants(m);
 }

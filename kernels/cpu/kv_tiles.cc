@@ -1,0 +1,146 @@
+#include "cpu/kv_tiles.h"
+
+#include <algorithm>
+
+namespace fi::cpu {
+
+KvTiles::KvTiles(const Job& job, const WorkItem& item, const VariantBox& rows, Scratch* scratch)
+    : job_(job), item_(item), rows_(rows), scratch_(scratch), position_(item.kv_begin) {
+  const int32_t kv_tile = job.tile_class(item.tile_class).kv_tile;
+  cols_ = std::clamp(kv_tile, 1, kMaxTileCols);
+}
+
+VariantBox KvTiles::box(const KvTile& tile) const {
+  VariantBox box = rows_;
+  box.kv_pos_min = tile.begin;
+  box.kv_pos_max = tile.end - 1;
+  return box;
+}
+
+KvTile KvTiles::next() {
+  const int32_t end = item_.kv_end;
+  while (position_ < end) {
+    if (position_ >= item_.hole_begin && position_ < item_.hole_end) {
+      position_ = item_.hole_end;
+      continue;
+    }
+    KvTile tile{};
+    tile.begin = position_;
+    tile.end = std::min(end, position_ - position_ % cols_ + cols_);
+    if (position_ < item_.hole_begin) tile.end = std::min(tile.end, item_.hole_begin);
+    position_ = tile.end;
+    if (is_empty(tile)) continue;
+    tile.in_band = covers_band(tile);
+    resolve(&tile);
+    return tile;
+  }
+  return KvTile{end, end, true, scratch_->k_rows[half_], scratch_->v_rows[half_]};
+}
+
+// Sums are 64-bit: a band may be as wide as int32 goes.
+bool KvTiles::is_empty(const KvTile& tile) const {
+  const Band& band = job_.params.band;
+  const int64_t first = tile.begin, last = tile.end - 1;
+  const bool outside =
+      (band.left >= 0 && last < static_cast<int64_t>(rows_.q_pos_min) - band.left) ||
+      (band.right >= 0 && first > static_cast<int64_t>(rows_.q_pos_max) + band.right);
+  if (outside && first >= band.sink_prefix) return true;
+  const VariantChain& chain = job_.params.variant;
+  for (int32_t i = 0; i < chain.num_stages; ++i) {
+    const VariantStage& stage = chain.stages[i];
+    if (!stage.mask || !stage.mask_kind) continue;
+    if (stage.mask_kind(box(tile), stage.params) == MaskKind::kEmpty) return true;
+  }
+  return false;
+}
+
+bool KvTiles::covers_band(const KvTile& tile) const {
+  const Band& band = job_.params.band;
+  const int64_t first = tile.begin, last = tile.end - 1;
+  if (last < band.sink_prefix) return true;
+  return (band.left < 0 || first >= static_cast<int64_t>(rows_.q_pos_max) - band.left) &&
+         (band.right < 0 || last <= static_cast<int64_t>(rows_.q_pos_min) + band.right);
+}
+
+void KvTiles::resolve(KvTile* tile) {
+  const KvCacheView& kv = job_.params.kv;
+  const PageTableView& table = job_.params.table;
+  const int64_t bytes = element_size(kv.dtype);
+  const int32_t* entries = page_row(table, item_.table_row);
+  tile->k = scratch_->k_rows[half_];
+  tile->v = scratch_->v_rows[half_];
+  half_ ^= 1;
+  int32_t col = 0;
+  for (int32_t position = tile->begin; position < tile->end;) {
+    const int32_t index = position / table.page_size;
+    const int64_t page = page_id(table, entries, index);
+    int32_t token = position % table.page_size;
+    const int64_t k_page = page * kv.k_stride.page + item_.kv_head * kv.k_stride.head;
+    const int64_t v_page = page * kv.v_stride.page + item_.kv_head * kv.v_stride.head;
+    for (; token < table.page_size && position < tile->end; ++token, ++position, ++col) {
+      tile->k[col] = static_cast<char*>(kv.k) + (k_page + token * kv.k_stride.token) * bytes;
+      tile->v[col] = static_cast<char*>(kv.v) + (v_page + token * kv.v_stride.token) * bytes;
+    }
+  }
+  for (; col % kColPad != 0; ++col) tile->k[col] = scratch_->zeros;
+}
+
+namespace {
+
+// Per row: [begin, sink_prefix) and [q_pos - left, q_pos + right] stay.
+void apply_band(const Job& job, const WorkItem& item, const KvTile& tile, Scratch* scratch) {
+  const Band& band = job.params.band;
+  const float masked = job.masked_value();
+  const int64_t begin = tile.begin, end = tile.end;
+  const int64_t sink_end = std::clamp<int64_t>(band.sink_prefix, begin, end);
+  for (int32_t r = 0; r < item.num_rows; ++r) {
+    const int64_t q_pos = scratch->rows[r].q_pos;
+    const int64_t low = band.left < 0 ? begin : std::min(end, q_pos - band.left);
+    const int64_t high = band.right < 0 ? end : std::max(sink_end, q_pos + band.right + 1);
+    float* logits = scratch->logits + r * kMaxTileCols - begin;
+    if (low > sink_end) std::fill(logits + sink_end, logits + low, masked);
+    if (high < end) std::fill(logits + high, logits + end, masked);
+  }
+}
+
+void hide_unseen_values(const Job& job, const WorkItem& item, const KvTile& tile,
+                        Scratch* scratch) {
+  const float masked = job.masked_value();
+  int32_t seen[kMaxTileCols] = {};
+  for (int32_t r = 0; r < item.num_rows; ++r) {
+    const float* logits = scratch->logits + r * kMaxTileCols;
+    for (int32_t c = 0; c < tile.size(); ++c) seen[c] |= logits[c] != masked;
+  }
+  for (int32_t c = 0; c < tile.size(); ++c) {
+    if (!seen[c]) tile.v[c] = scratch->zeros;
+  }
+}
+
+}  // namespace
+
+void apply_variant(const Job& job, const WorkItem& item, const KvTile& tile, const VariantBox& box,
+                   Scratch* scratch) {
+  const VariantChain& chain = job.params.variant;
+  VariantTile view{scratch->rows, nullptr,    kMaxTileCols, item.num_rows,
+                   tile.size(),   tile.begin, item.kv_head, job.masked_value()};
+  for (int32_t i = 0; i < chain.num_stages; ++i) {
+    view.params = chain.stages[i].params;
+    if (chain.stages[i].logits) chain.stages[i].logits(view, scratch->logits);
+  }
+  bool masked = false;
+  for (int32_t i = 0; i < chain.num_stages; ++i) {
+    const VariantStage& stage = chain.stages[i];
+    if (!stage.mask) continue;
+    if (stage.mask_kind && stage.mask_kind(box, stage.params) == MaskKind::kFull) continue;
+    view.params = stage.params;
+    stage.mask(view, scratch->logits);
+    masked = true;
+  }
+  if (!tile.in_band) {
+    apply_band(job, item, tile, scratch);
+    masked = true;
+  }
+  if (masked) hide_unseen_values(job, item, tile, scratch);
+}
+
+}  // namespace fi::cpu
