@@ -1,0 +1,89 @@
+"""Variants by name, with seeded parameters that fit a case."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Generator, Tensor
+
+from fi_backend.variants import Variant
+from fi_backend.variants.shipped import (
+    alibi,
+    causal,
+    custom_mask,
+    sigmoid_attention,
+    sinks,
+    sliding_window,
+    soft_cap,
+    tree_mask,
+)
+
+if TYPE_CHECKING:
+    from cases import Case
+
+Made = tuple[Variant, Mapping[str, Tensor | float]]
+
+
+def _slopes(case: Case, _: Generator) -> Tensor:
+    heads = case.heads.num_qo_heads
+    return 2.0 ** (-8 * torch.arange(1, heads + 1, dtype=torch.float32) / heads)
+
+
+def _sinks(case: Case, g: Generator) -> Tensor:
+    return torch.randn(case.heads.num_qo_heads, generator=g) * 3
+
+
+def _alibi(case: Case, g: Generator) -> Made:
+    return alibi(), {"slopes": _slopes(case, g)}
+
+
+def _with_sinks(case: Case, g: Generator) -> Made:
+    return sinks(), {"sinks": _sinks(case, g)}
+
+
+def _tree(case: Case, g: Generator) -> Made:
+    """Each new token sees itself and the ancestors of a random parent."""
+    words = -(-max((q for q, _ in case.lengths), default=1) // 32) + 1
+    rows = []
+    for q_len, _ in case.lengths:
+        seen: list[int] = []
+        for i in range(q_len):
+            parent = int(torch.randint(-1, i, (), generator=g)) if i else -1
+            seen.append((seen[parent] if parent >= 0 else 0) | 1 << i)
+        rows += [[bits >> 32 * w & 0xFFFFFFFF for w in range(words)] for bits in seen]
+    bits = torch.tensor(rows, dtype=torch.int64).view(-1, words)
+    return tree_mask(), {"tree_bits": torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int()}
+
+
+def _bits(case: Case, g: Generator) -> Made:
+    """Half of all pairs, for causal bands less than half: some rows see nothing."""
+    tokens = sum(q for q, _ in case.lengths)
+    pitch = -(-max((kv for _, kv in case.lengths), default=1) // 8)
+    offsets = torch.tensor([0, *(q for q, _ in case.lengths)]).cumsum(0)[:-1]
+    bits = torch.randint(0, 256, (tokens, pitch + 3), generator=g, dtype=torch.uint8)
+    return custom_mask(), {"mask_bits": bits[:, :pitch], "mask_offset": offsets.int()}
+
+
+def _gemma(case: Case, g: Generator) -> Made:
+    """A chain with two masks, a cap and sinks."""
+    chain = soft_cap(4.0).then(causal()).then(sliding_window(40, 3)).then(sinks())
+    return chain, {"sinks": _sinks(case, g)}
+
+
+def _sigmoid(case: Case, _: Generator) -> Made:
+    return sigmoid_attention(-math.log(max(1, *(kv for _, kv in case.lengths)))), {}
+
+
+VARIANTS: dict[str, Callable[[Case, Generator], Made]] = {
+    "soft_cap": lambda *_: (soft_cap(5.0), {}),
+    "alibi": _alibi,
+    "sinks": _with_sinks,
+    "tree": _tree,
+    "bits": _bits,
+    "sigmoid": _sigmoid,
+    "gemma": _gemma,
+    "window": lambda *_: (causal().then(sliding_window(33)), {}),
+}
