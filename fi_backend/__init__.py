@@ -1,1 +1,77 @@
-"""An attention engine for LLM serving."""
+"""An attention engine for LLM serving.
+
+``StepPlanner`` turns a step's batch into a plan, ``attention`` runs one layer of it. Everything a
+caller needs is in this module; variants are in ``fi_backend.variants``.
+"""
+
+from fi_backend._core import active_isa
+from fi_backend.attention import Attention, attention
+from fi_backend.block_sparse import (
+    BlockSparse,
+    block_sparse,
+    compose,
+    element_mask,
+    shared_prefix,
+)
+from fi_backend.errors import (
+    CapacityExceeded,
+    CompileFailed,
+    FiError,
+    InvalidInput,
+    Unsupported,
+    UnsupportedVariant,
+)
+from fi_backend.explaining import explain
+from fi_backend.formats import (
+    CAUSAL,
+    FULL,
+    Band,
+    HeadShape,
+    KvCacheView,
+    Nodes,
+    PagedBatch,
+    PageTable,
+)
+from fi_backend.layers import Capacity, LayerClass
+from fi_backend.ops import append_kv, merge_states
+from fi_backend.planner import PlanSlot, StepPlanner, workspace_bytes
+from fi_backend.ragged import ragged
+from fi_backend.variants import Variant
+from fi_backend.why_not import AttentionConfig, why_not
+
+__all__ = [
+    "CAUSAL",
+    "FULL",
+    "Attention",
+    "AttentionConfig",
+    "Band",
+    "BlockSparse",
+    "Capacity",
+    "CapacityExceeded",
+    "CompileFailed",
+    "FiError",
+    "HeadShape",
+    "InvalidInput",
+    "KvCacheView",
+    "LayerClass",
+    "Nodes",
+    "PageTable",
+    "PagedBatch",
+    "PlanSlot",
+    "StepPlanner",
+    "Unsupported",
+    "UnsupportedVariant",
+    "Variant",
+    "active_isa",
+    "append_kv",
+    "attention",
+    "block_sparse",
+    "compose",
+    "element_mask",
+    "explain",
+    "merge_states",
+    "ragged",
+    "shared_prefix",
+    "why_not",
+    "workspace_bytes",
+]

@@ -6,6 +6,7 @@ in well under a millisecond.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,12 +17,13 @@ from fi_backend.errors import CapacityExceeded, InvalidInput, contract_message, 
 from fi_backend.formats import FULL, Band, Nodes, PagedBatch, PageTable
 
 if TYPE_CHECKING:
-    from fi_backend.planner import Capacity
+    from fi_backend.layers import Capacity
 
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 _INT32_MAX = 2**31 - 1
+_NODE_LIMITS = ("max_nodes", "max_links", "max_shared_tokens")
 
 
 def validate(
@@ -65,9 +67,9 @@ def check_lengths(batch: PagedBatch) -> None:
     Raises:
         InvalidInput: an indptr that does not start at 0 or falls, a negative or huge kv_len.
     """
-    _check_indptr(_ints(batch.qo_indptr), "qo_indptr", "pass cumulative query lengths")
-    kv_len = _ints(batch.kv_len)
-    _first(
+    _check_indptr(as_ints(batch.qo_indptr), "qo_indptr", "pass cumulative query lengths")
+    kv_len = as_ints(batch.kv_len)
+    refuse_first(
         kv_len < 0,
         lambda r: (
             "kv_len",
@@ -76,7 +78,7 @@ def check_lengths(batch: PagedBatch) -> None:
             "padded requests have length 0",
         ),
     )
-    _first(
+    refuse_first(
         kv_len > _INT32_MAX,
         lambda r: (
             "kv_len",
@@ -93,18 +95,10 @@ def check_capacity(batch: PagedBatch, capacity: Capacity) -> None:
     Raises:
         CapacityExceeded: one of the counts is larger; the message names it.
     """
-    tokens = int(batch.qo_indptr[-1])
-    longest = int(batch.kv_len.max()) if batch.num_requests else 0
-    used = {
-        "max_requests": batch.num_requests,
-        "max_tokens": tokens,
-        "max_kv_len": longest,
-    }
-    if batch.nodes is not None and batch.nodes.num_nodes:
-        used["max_nodes"] = batch.nodes.num_nodes
-        used["max_links"] = batch.nodes.members.numel()
-        used["max_shared_tokens"] = _gathered_tokens(batch, batch.nodes)
-    for name, count in used.items():
+    for name, count in used_capacity(batch).items():
+        # Without own_begin the planner declines the nodes that do not fit.
+        if name in _NODE_LIMITS and batch.nodes is not None and batch.nodes.own_begin is None:
+            continue
         limit = getattr(capacity, name)
         require(
             count <= limit,
@@ -116,6 +110,23 @@ def check_capacity(batch: PagedBatch, capacity: Capacity) -> None:
         )
 
 
+def used_capacity(batch: PagedBatch) -> dict[str, int]:
+    """Return what a batch needs of each field of ``Capacity``."""
+    used = {
+        "max_requests": batch.num_requests,
+        "max_tokens": int(batch.qo_indptr[-1]),
+        "max_kv_len": int(batch.kv_len.max()) if batch.num_requests else 0,
+    }
+    if batch.nodes is not None:
+        counts = (
+            batch.nodes.num_nodes,
+            batch.nodes.members.numel(),
+            _gathered_tokens(batch, batch.nodes),
+        )
+        used |= dict(zip(_NODE_LIMITS, counts, strict=True))
+    return used
+
+
 def check_table(batch: PagedBatch) -> None:
     """Check that every request's row exists and is long enough for its kv_len.
 
@@ -124,7 +135,7 @@ def check_table(batch: PagedBatch) -> None:
     """
     table = batch.page_table
     if table.indptr is not None:
-        indptr = _ints(table.indptr)
+        indptr = as_ints(table.indptr)
         _check_indptr(indptr, "page_table.indptr", "pass cumulative page counts")
         require(
             bool(indptr[-1] <= table.entries.numel()),
@@ -134,9 +145,9 @@ def check_table(batch: PagedBatch) -> None:
             "pass all indices",
         )
     if table.row_index is not None:
-        index = _ints(table.row_index)
+        index = as_ints(table.row_index)
         rows = table.entries.shape[0]
-        _first(
+        refuse_first(
             (index < 0) | (index >= rows),
             lambda r: (
                 "page_table.row_index",
@@ -145,9 +156,9 @@ def check_table(batch: PagedBatch) -> None:
                 "point padded requests at any valid row",
             ),
         )
-    kv_len = _ints(batch.kv_len)
+    kv_len = as_ints(batch.kv_len)
     room = row_pages(table)[: batch.num_requests] * table.page_size
-    _first(
+    refuse_first(
         kv_len > room,
         lambda r: (
             "kv_len",
@@ -164,8 +175,8 @@ def check_nodes(batch: PagedBatch, nodes: Nodes) -> None:
     Raises:
         InvalidInput: indices out of range, ranges outside their rows or members, gaps or overlaps.
     """
-    member_ptr = _ints(nodes.member_ptr)
-    members, begin, end = _ints(nodes.members), _ints(nodes.kv_begin), _ints(nodes.kv_end)
+    member_ptr = as_ints(nodes.member_ptr)
+    members, begin, end = as_ints(nodes.members), as_ints(nodes.kv_begin), as_ints(nodes.kv_end)
     _check_indptr(member_ptr, "nodes.member_ptr", "pass cumulative member counts")
     require(
         bool(member_ptr[-1] == members.size),
@@ -174,7 +185,7 @@ def check_nodes(batch: PagedBatch, nodes: Nodes) -> None:
         int(member_ptr[-1]),
         "pass all members",
     )
-    _first(
+    refuse_first(
         (members < 0) | (members >= batch.num_requests),
         lambda i: (
             "nodes.members",
@@ -183,7 +194,7 @@ def check_nodes(batch: PagedBatch, nodes: Nodes) -> None:
             "members are request indices of this batch",
         ),
     )
-    _first(
+    refuse_first(
         (begin < 0) | (end <= begin),
         lambda n: (
             "nodes.kv_begin",
@@ -202,14 +213,13 @@ def check_page_ids(batch: PagedBatch, num_pages: int, band: Band = FULL) -> None
     Raises:
         InvalidInput: the first id outside the page map or the KV cache, with request and page.
     """
-    table = batch.page_table
     used = used_entries(batch, band)
-    ids, where, limit = used.ids, "page ids", num_pages
-    if table.page_map is not None:
-        limit = table.page_map.numel()
-        _check_ids(used, ids, f"page ids in [0, {limit}), the length of page_map")
-        ids, where, limit = _ints(table.page_map)[ids], "mapped page ids", num_pages
-    _check_ids(used, ids, f"{where} in [0, {limit})")
+    ids, rule = used.ids, "page ids in [0, {limit}), the pages of the KV cache"
+    if batch.page_table.page_map is not None:
+        page_map = as_ints(batch.page_table.page_map)
+        _check_ids(used, ids, page_map.size, "page ids in [0, {limit}), the length of page_map")
+        ids, rule = page_map[ids], "mapped page ids in [0, {limit}), the pages of the KV cache"
+    _check_ids(used, ids, num_pages, rule)
 
 
 class UsedEntries(NamedTuple):
@@ -221,19 +231,23 @@ class UsedEntries(NamedTuple):
 
 
 def used_entries(batch: PagedBatch, band: Band = FULL) -> UsedEntries:
-    """Return the page table entries that queries of this batch can reach under ``band``."""
-    kv_len = _ints(batch.kv_len)
-    q_len = np.diff(_ints(batch.qo_indptr))
+    """Return the page table entries that a kernel may read for this batch under ``band``.
+
+    A window hides what lies before it unless there is a sink prefix: the KV tiles between the two
+    may be read and masked.
+    """
+    kv_len = as_ints(batch.kv_len)
+    q_len = np.diff(as_ints(batch.qo_indptr))
     rows = np.arange(batch.num_requests, dtype=np.int64)
-    own_begin = np.zeros_like(kv_len) if batch.nodes is None else _ints(batch.nodes.own_begin)
+    nodes, low = batch.nodes, np.zeros_like(kv_len)
+    if nodes is not None and nodes.own_begin is not None:
+        low = as_ints(nodes.own_begin)
+    if band.left >= 0 and band.sink_prefix == 0:
+        low = np.maximum(low, kv_len - q_len - band.left)
     live = q_len > 0
-    low = np.maximum(kv_len - q_len - band.left, 0) if band.left >= 0 else np.zeros_like(kv_len)
-    parts = [(rows[live], np.maximum(low, own_begin)[live], kv_len[live])]
-    if band.sink_prefix:
-        parts.append((rows[live], own_begin[live], np.minimum(band.sink_prefix, low)[live]))
-    if batch.nodes is not None and batch.nodes.num_nodes:
-        nodes = batch.nodes
-        parts.append((_ints(nodes.table_row), _ints(nodes.kv_begin), _ints(nodes.kv_end)))
+    parts = [(rows[live], low[live], kv_len[live])]
+    if nodes is not None:
+        parts.append((as_ints(nodes.table_row), as_ints(nodes.kv_begin), as_ints(nodes.kv_end)))
     row, begin, end = (np.concatenate(part) for part in zip(*parts, strict=True))
     return _expand(batch.page_table, row, begin, end)
 
@@ -241,7 +255,7 @@ def used_entries(batch: PagedBatch, band: Band = FULL) -> UsedEntries:
 def row_pages(table: PageTable) -> Int64Array:
     """Return how many pages each row of a table has room for."""
     if table.indptr is not None:
-        return np.diff(_ints(table.indptr))
+        return np.diff(as_ints(table.indptr))
     pages = -(-table.entries.shape[1] // table.entry_stride)
     return np.full(table.num_rows, pages, dtype=np.int64)
 
@@ -254,22 +268,124 @@ def _expand(table: PageTable, row: Int64Array, begin: Int64Array, end: Int64Arra
     page = np.arange(row.size, dtype=np.int64) - np.repeat(np.cumsum(count) - count - first, count)
     entries = table.entries.numpy()
     if table.indptr is not None:
-        ids = entries[_ints(table.indptr)[row] + page]
+        ids = entries[as_ints(table.indptr)[row] + page]
     else:
-        table_row = row if table.row_index is None else _ints(table.row_index)[row]
+        table_row = row if table.row_index is None else as_ints(table.row_index)[row]
         ids = entries[table_row, page * table.entry_stride]
     # Floor division keeps negative entries negative.
     return UsedEntries(ids.astype(np.int64) // table.slot_divisor, row, page)
 
 
-def _check_ids(used: UsedEntries, ids: Int64Array, rule: str) -> None:
-    limit = int(rule.split("[0, ")[1].split(")", maxsplit=1)[0])
-    _first(
+def _check_ids(used: UsedEntries, ids: Int64Array, limit: int, rule: str) -> None:
+    refuse_first(
         (ids < 0) | (ids >= limit),
         lambda i: (
             "page_table",
-            rule,
+            rule.format(limit=limit),
             f"{ids[i]} at row {used.row[i]}, page {used.page[i]}",
             "fill every entry up to kv_len",
         ),
     )
+
+
+def _check_node_rows(batch: PagedBatch, nodes: Nodes) -> None:
+    """Node ranges lie inside their table row and inside every member."""
+    table_row, end = as_ints(nodes.table_row), as_ints(nodes.kv_end)
+    table = batch.page_table
+    refuse_first(
+        (table_row < 0) | (table_row >= table.num_rows),
+        lambda n: (
+            "nodes.table_row",
+            f"rows in [0, {table.num_rows})",
+            f"{table_row[n]} at node {n}",
+            "name a row of the page table",
+        ),
+    )
+    kv_len = as_ints(batch.kv_len)
+    room = row_pages(table) * table.page_size
+    # A request's own row is filled up to its kv_len only.
+    room[: kv_len.size] = np.minimum(room[: kv_len.size], kv_len)
+    refuse_first(
+        end > room[table_row],
+        lambda n: (
+            "nodes.kv_end",
+            f"at most {room[table_row[n]]} tokens, the length of row {table_row[n]}",
+            f"{end[n]} at node {n}",
+            "a node reads one filled row",
+        ),
+    )
+    members = as_ints(nodes.members)
+    node = np.repeat(np.arange(end.size), np.diff(as_ints(nodes.member_ptr)))
+    refuse_first(
+        end[node] > kv_len[members],
+        lambda i: (
+            "nodes.kv_end",
+            f"at most kv_len {kv_len[members[i]]} of member {members[i]}",
+            f"{end[node[i]]} at node {node[i]}",
+            "a node holds only what all its members see",
+        ),
+    )
+
+
+def _check_coverage(batch: PagedBatch, nodes: Nodes) -> None:
+    """The nodes of each request tile [0, own_begin) in order."""
+    if nodes.own_begin is None:
+        return
+    own_begin, members = as_ints(nodes.own_begin), as_ints(nodes.members)
+    node = np.repeat(np.arange(nodes.num_nodes), np.diff(as_ints(nodes.member_ptr)))
+    order = np.argsort(members, kind="stable")  # by request, then by node
+    request, node = members[order], node[order]
+    begin, end = as_ints(nodes.kv_begin)[node], as_ints(nodes.kv_end)[node]
+    covered = np.zeros(own_begin.size, dtype=np.int64)
+    covered[request] = end  # the last assignment wins: each request's last node
+    expected = np.zeros_like(begin)
+    same = request[1:] == request[:-1]
+    expected[1:][same] = end[:-1][same]
+    refuse_first(
+        begin != expected,
+        lambda i: (
+            "nodes.kv_begin",
+            f"{expected[i]}, where the earlier nodes of request {request[i]} end",
+            f"{begin[i]} at node {node[i]}",
+            "nodes of a request cover [0, own_begin) in ascending order",
+        ),
+    )
+    refuse_first(
+        covered != own_begin,
+        lambda r: (
+            "nodes.own_begin",
+            f"{covered[r]}, where the nodes of request {r} end",
+            f"{own_begin[r]} at request {r}",
+            "nodes and own part cover every KV position once",
+        ),
+    )
+
+
+def _gathered_tokens(batch: PagedBatch, nodes: Nodes) -> int:
+    members = as_ints(nodes.members)
+    members = members[(members >= 0) & (members < batch.num_requests)]
+    return int(np.diff(as_ints(batch.qo_indptr))[members].sum())
+
+
+def as_ints(tensor: Tensor) -> Int64Array:
+    """Return a CPU tensor's values as int64."""
+    return tensor.numpy().astype(np.int64)
+
+
+def _check_indptr(indptr: Int64Array, argument: str, hint: str) -> None:
+    require(bool(indptr[0] == 0), argument, "0 at index 0", int(indptr[0]), hint)
+    refuse_first(
+        np.diff(indptr) < 0,
+        lambda i: (
+            argument,
+            f"at least {indptr[i]} at index {i + 1}",
+            indptr[i + 1],
+            hint,
+        ),
+    )
+
+
+def refuse_first(bad: BoolArray, describe: Callable[[int], tuple[str, str, object, str]]) -> None:
+    """Raise InvalidInput for the first true element; ``describe`` gives the sentence."""
+    if bad.any():
+        raise InvalidInput(contract_message(*describe(int(bad.argmax()))))

@@ -136,17 +136,21 @@ class Nodes:
     """Shared KV ranges: row blocks whose query tokens are gathered from several requests.
 
     Node n covers KV positions [kv_begin[n], kv_end[n]) of table row table_row[n] for the requests
-    members[member_ptr[n]:member_ptr[n + 1]]: read once, it serves all of them. Ascending by (level,
-    kv_begin). A request's nodes cover [0, own_begin[r]) without gap or overlap; the request reads
-    the rest through its own row.
+    members[member_ptr[n]:member_ptr[n + 1]]: read once, it serves all of them. Nodes are ascending
+    by kv_begin for each request.
+
+    With ``own_begin``, the nodes of request r cover [0, own_begin[r]) without gap or overlap and
+    its own row is read from there on: the shared pages need not be in it. Without, nodes only tell
+    what the members' own rows share: a node that does not continue its members' nodes, or exceeds
+    the planner's capacity, is declined and its pages are read through the members' rows.
 
     Attributes:
-        table_row: int32 [n] CPU or device of the batch.
+        table_row: int32 [n], device of the batch; may name rows past the requests'.
         kv_begin: int32 [n], tokens.
         kv_end: int32 [n], tokens.
         member_ptr: int32 [n + 1].
         members: int32 [links], request indices.
-        own_begin: int32 [R], tokens.
+        own_begin: int32 [R], tokens; or None.
 
     Raises:
         InvalidInput: a dtype, rank, stride, length or device outside the above.
@@ -157,10 +161,12 @@ class Nodes:
     kv_end: Tensor
     member_ptr: Tensor
     members: Tensor
-    own_begin: Tensor
+    own_begin: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, tensor in vars(self).items():
+            if name == "own_begin" and tensor is None:
+                continue
             require_vector(tensor, f"nodes.{name}", (torch.int32,))
             require_device(tensor, f"nodes.{name}", self.table_row.device)
         count = self.num_nodes
@@ -219,13 +225,16 @@ class PagedBatch:
             self.page_table.num_rows,
             "give every request a row",
         )
-        if self.nodes is not None:
-            require_device(self.nodes.table_row, "nodes", self.qo_indptr.device)
+        if self.nodes is None:
+            return
+        require_device(self.nodes.table_row, "nodes", self.qo_indptr.device)
+        own_begin = self.nodes.own_begin
+        if own_begin is not None:
             require(
-                self.nodes.own_begin.numel() == requests,
+                own_begin.numel() == requests,
                 "nodes.own_begin",
                 f"{requests} elements for {requests} requests",
-                self.nodes.own_begin.numel(),
+                own_begin.numel(),
                 "0 for requests outside every node",
             )
 

@@ -27,9 +27,7 @@ WORK_ITEM = _int32(
     " partial_row unit tile_class request q_len kv_len"
 )
 MERGE_UNIT = _int32("expected partial_row num_splits num_rows")
-PLANNED_REQUEST = _int32(
-    "unit_base num_tiles tile_class qo_begin q_len kv_len link_begin link_end"
-)
+PLANNED_REQUEST = _int32("unit_base num_tiles tile_class qo_begin q_len kv_len link_begin link_end")
 PLANNED_NODE = _int32(
     "tile_base num_tiles tile_class gather_begin num_tokens table_row kv_begin kv_end"
 )

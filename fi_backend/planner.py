@@ -12,7 +12,7 @@ LeanAttention (Sanovar et al., 2024); composable formats from FlashInfer (Ye et 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -20,99 +20,13 @@ from torch import Tensor
 
 from fi_backend import _core, checks
 from fi_backend.errors import CapacityExceeded, Unsupported, require
-from fi_backend.formats import CAUSAL, Band, HeadShape, PagedBatch
+from fi_backend.formats import PagedBatch
+from fi_backend.layers import Capacity, LayerClass
 from fi_backend.plan_records import plan_arrays
-from fi_backend.variants import Variant, derive_band
 from fi_backend.why_not import AttentionConfig, why_not
 
 # Spans per thread: enough that a preempted thread's work is taken over by the others.
 CPU_SPANS_PER_THREAD = 4
-MAX_KV_LEN = 1 << 30
-
-
-@dataclass(frozen=True)
-class LayerClass:
-    """What the attention layers that share one plan have in common.
-
-    Attributes:
-        heads: heads of one rank.
-        dtype: of q and of the output: float32 (CPU only), float16 or bfloat16.
-        kv_dtype: of the cache; None means ``dtype``; or float8_e4m3fn.
-        band: which KV positions a query may see; masked exactly.
-        variant: what happens to logits; None is plain softmax attention.
-        page_table_id: which of the batches given to ``plan`` this class reads.
-    """
-
-    heads: HeadShape
-    dtype: torch.dtype
-    kv_dtype: torch.dtype | None = None
-    band: Band = CAUSAL
-    variant: Variant | None = None
-    page_table_id: int = 0
-
-    @property
-    def cache_dtype(self) -> torch.dtype:
-        """Element type of the KV cache."""
-        return self.dtype if self.kv_dtype is None else self.kv_dtype
-
-    @property
-    def planned_band(self) -> Band:
-        """The band that bounds both ``band`` and the variant's mask: what the planner skips by."""
-        if self.variant is None:
-            return self.band
-        derived = derive_band(self.variant)
-        return intersect_bands(self.band, Band(derived.left, derived.right, derived.sink_prefix))
-
-
-def intersect_bands(a: Band, b: Band) -> Band:
-    """Return the tightest band that covers every pair visible in both.
-
-    A pair inside one window and one sink prefix lies in the larger prefix, so the smaller window
-    and the larger prefix cover the intersection.
-    """
-
-    def smaller(x: int, y: int) -> int:
-        return max(x, y) if min(x, y) < 0 else min(x, y)
-
-    return Band(
-        smaller(a.left, b.left), smaller(a.right, b.right), max(a.sink_prefix, b.sink_prefix)
-    )
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """The largest step a planner serves. Any batch within it fits by construction.
-
-    Attributes:
-        max_requests: requests of a step, padded ones included.
-        max_tokens: query tokens of a step.
-        max_kv_len: KV tokens of one request.
-        max_nodes: shared prefixes of a step; 0 turns sharing off.
-        max_links: memberships summed over nodes.
-        max_shared_tokens: query tokens summed over nodes.
-
-    Raises:
-        InvalidInput: a negative count, or a KV length that 32-bit positions cannot hold.
-    """
-
-    max_requests: int
-    max_tokens: int
-    max_kv_len: int
-    max_nodes: int = 0
-    max_links: int = 0
-    max_shared_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            hint = "capacity is what the largest step needs"
-            require(value >= 0, f"capacity.{name}", "at least 0", value, hint)
-        require(
-            self.max_kv_len <= MAX_KV_LEN,
-            "capacity.max_kv_len",
-            f"at most {MAX_KV_LEN} tokens",
-            self.max_kv_len,
-            "positions are 32-bit",
-        )
 
 
 @dataclass(frozen=True)
@@ -204,9 +118,7 @@ class Workspace:
     @classmethod
     def allocate(cls, planned: Sequence[_ClassPlan], device: torch.device) -> Workspace:
         """Allocate what the largest of the classes needs; layers run one after another."""
-        elements = max(
-            p.layout.max_partial_rows * p.layer_class.heads.head_dim_vo for p in planned
-        )
+        elements = max(p.layout.max_partial_rows * p.layer_class.heads.head_dim_vo for p in planned)
         rows = max(p.layout.max_partial_rows for p in planned)
         units = max(p.layout.max_units for p in planned)
         return cls(
@@ -265,16 +177,6 @@ def workspace_bytes(
     return plans + Workspace.allocate(planned, torch.device("meta")).num_bytes
 
 
-@dataclass
-class _Options:
-    """Arguments of a StepPlanner after defaults."""
-
-    device: torch.device
-    num_ctas: int
-    invariant_chunk: int
-    layer_classes: list[LayerClass] = field(default_factory=list)
-
-
 class StepPlanner:
     """Plans the steps of a model: all layer classes, one fixed slot each.
 
@@ -303,29 +205,16 @@ class StepPlanner:
         batch_invariant_chunk: int = 0,
     ) -> None:
         self.capacity = capacity
-        self._options = _Options(
-            torch.device(device),
-            default_num_ctas() if num_ctas is None else num_ctas,
-            batch_invariant_chunk,
-            list(layer_classes),
-        )
-        self._check_options()
-        planned = _plan_classes(
-            layer_classes, capacity, self._options.num_ctas, batch_invariant_chunk
-        )
-        self.workspace = Workspace.allocate(planned, self._options.device)
-        self._slots = [PlanSlot(p, self.workspace, self._options.device) for p in planned]
+        self.device = torch.device(device)
+        self.num_ctas = default_num_ctas() if num_ctas is None else num_ctas
+        require(self.num_ctas > 0, "num_ctas", "a positive count", num_ctas, "or pass None")
+        self._check_classes(layer_classes)
+        self._check_chunk(batch_invariant_chunk)
+        planned = _plan_classes(layer_classes, capacity, self.num_ctas, batch_invariant_chunk)
+        self.workspace = Workspace.allocate(planned, self.device)
+        self._slots = [PlanSlot(p, self.workspace, self.device) for p in planned]
 
-    def _check_options(self) -> None:
-        options, chunk = self._options, self._options.invariant_chunk
-        require(
-            len(options.layer_classes) > 0,
-            "layer_classes",
-            "at least one LayerClass",
-            "none",
-            "pass the classes of the model's attention layers",
-        )
-        require(options.num_ctas > 0, "num_ctas", "a positive count", options.num_ctas, "or None")
+    def _check_chunk(self, chunk: int) -> None:
         tile = max(c.kv_tile for c in _core.cpu_tile_classes())
         require(
             chunk >= 0 and chunk % tile == 0,
@@ -341,8 +230,17 @@ class StepPlanner:
             chunk,
             "sharing makes bits depend on the batch; set max_nodes to 0",
         )
-        for i, layer_class in enumerate(options.layer_classes):
-            reasons = why_not(AttentionConfig.of(layer_class, options.device))
+
+    def _check_classes(self, layer_classes: Sequence[LayerClass]) -> None:
+        require(
+            len(layer_classes) > 0,
+            "layer_classes",
+            "at least one LayerClass",
+            "none",
+            "pass the classes of the model's attention layers",
+        )
+        for i, layer_class in enumerate(layer_classes):
+            reasons = why_not(AttentionConfig.of(layer_class, self.device))
             require(
                 not reasons,
                 f"layer_classes[{i}]",
@@ -355,7 +253,7 @@ class StepPlanner:
     @cached_property
     def num_page_tables(self) -> int:
         """Batches that ``plan`` takes: one per page table id."""
-        return 1 + max(c.page_table_id for c in self._options.layer_classes)
+        return 1 + max(s.layer_class.page_table_id for s in self._slots)
 
     @property
     def workspace_bytes(self) -> int:

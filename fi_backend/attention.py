@@ -1,0 +1,198 @@
+"""Running attention: one call per layer, a torch custom op that writes its outputs in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fi_backend.checks import used_capacity
+from fi_backend.custom_op import register_op
+from fi_backend.formats import CAUSAL, Band, HeadShape, KvCacheView, PagedBatch
+from fi_backend.launch import run_attention
+from fi_backend.layers import Capacity, LayerClass
+from fi_backend.planner import StepPlanner
+from fi_backend.slot_registry import handle_of
+from fi_backend.variants import Variant
+
+if TYPE_CHECKING:
+    from fi_backend.planner import PlanSlot
+
+register_op(
+    "attention(int slot, Tensor q, Tensor k, Tensor v, Tensor(a!) out, *, Tensor(b!)? lse,"
+    " float scale, Tensor? q_scale, Tensor? k_scale, Tensor? v_scale, Tensor[] tensors,"
+    " str[] names, float[] numbers, bool partial) -> ()",
+    run_attention,
+    lambda *_, **__: None,
+)
+
+
+def attention(
+    slot: PlanSlot,
+    q: Tensor,
+    kv: KvCacheView,
+    *,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    scale: float | None = None,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    params: Mapping[str, Tensor | float] | None = None,
+    partial: bool = False,
+) -> Tensor:
+    """Run the attention of one layer for the step that its planner planned last.
+
+    Query token i of request r sees the KV positions that the layer class's band and variant let
+    through. Logits are ``scale * q_scale * k_scale * (q . k)``, then the variant, then the masks,
+    softmax in float32, ``v_scale`` at the output, sinks, the variant's output transform. A query
+    that sees nothing gets o = 0 and lse = -inf.
+
+    Args:
+        slot: ``planner.slot(i)`` of the layer's class.
+        q: dtype of the layer class [num_tokens, num_qo_heads, head_dim_qk], any strides but 1 in
+            the last dimension. Rows past the batch's tokens are padding and are not read.
+        kv: the layer's cache; the step's own K and V are in it already (``append_kv``).
+        out: dtype of q or float32 [rows of q, num_qo_heads, head_dim_vo], written in place,
+            any strides but 1 in the last dimension; must not overlap other tensors. Padding rows
+            stay as they are. None: allocated, float32 for partial states, else the dtype of q.
+        lse: float32 [rows of q, num_qo_heads] contiguous, written in place: natural log of the sum
+            of exponentials, sink included. None: not wanted.
+        scale: of the logits; None means 1 / sqrt(head_dim_qk).
+        q_scale: float32, one value or one per KV head; None means 1.
+        k_scale: as q_scale.
+        v_scale: as q_scale.
+        params: values of the variant's open parameters.
+        partial: return the state before sinks and output transform, for ``merge_states``.
+
+    Returns:
+        out.
+
+    Raises:
+        InvalidInput: the slot was not planned, or a tensor's dtype, shape, strides or device do not
+            fit the layer class or the batch, or a page id lies outside the cache.
+
+    Graphs: traceable by torch.compile (out and lse are mutated, nothing else). No gradients.
+    Stream: the CPU engine returns when out is complete; one call per workspace at a time.
+    """
+    heads = slot.layer_class.heads
+    if out is None:
+        out = torch.empty(
+            (q.shape[0], heads.num_qo_heads, heads.head_dim_vo),
+            dtype=torch.float32 if partial else q.dtype,
+            device=q.device,
+        )
+    tensors, numbers = {}, {}
+    for name, value in (params or {}).items():
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        else:
+            numbers[name] = float(value)
+    torch.ops.fi_backend.attention(
+        handle_of(slot),
+        q,
+        kv.k,
+        kv.v,
+        out,
+        lse=lse,
+        scale=heads.head_dim_qk**-0.5 if scale is None else scale,
+        q_scale=q_scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        tensors=list(tensors.values()),
+        names=[*tensors, *numbers],
+        numbers=list(numbers.values()),
+        partial=partial,
+    )
+    return out
+
+
+class Attention:
+    """Attention of one layer class, with a planner of its own.
+
+    Example: ``layer = Attention(HeadShape(32, 8, 128), torch.bfloat16); layer.plan(batch);
+    out = layer(q, kv)``.
+
+    Args:
+        heads: heads of one rank.
+        dtype: of q.
+        kv_dtype: of the cache; None means ``dtype``.
+        band: which KV positions a query may see.
+        variant: what happens to logits; None is plain softmax attention.
+        capacity: the largest step; None: grows with the batches, by building a new planner.
+        num_ctas: spans that the work is cut into; None: chosen by StepPlanner.
+
+    Raises:
+        Unsupported: a class that this machine cannot serve; the message lists all reasons.
+    """
+
+    def __init__(
+        self,
+        heads: HeadShape,
+        dtype: torch.dtype,
+        *,
+        kv_dtype: torch.dtype | None = None,
+        band: Band = CAUSAL,
+        variant: Variant | None = None,
+        capacity: Capacity | None = None,
+        num_ctas: int | None = None,
+    ) -> None:
+        self.layer_class = LayerClass(heads, dtype, kv_dtype, band, variant)
+        self._num_ctas = num_ctas
+        self._grows = capacity is None
+        self._planner = self._build(Capacity(1, 1, 1) if capacity is None else capacity)
+
+    def _build(self, capacity: Capacity) -> StepPlanner:
+        return StepPlanner([self.layer_class], capacity, num_ctas=self._num_ctas)
+
+    @property
+    def slot(self) -> PlanSlot:
+        """The slot that ``plan`` fills."""
+        return self._planner.slot(0)
+
+    def plan(self, batch: PagedBatch) -> None:
+        """Plan a step; the batch's tensors must not change before its attention has run.
+
+        Raises:
+            InvalidInput: lengths, indptr, page table or nodes out of contract.
+            CapacityExceeded: larger than the capacity that was given.
+        """
+        if self._grows:
+            used = used_capacity(batch)
+            held = self._planner.capacity
+            if any(used[name] > getattr(held, name) for name in used):
+                # Powers of two, so that a growing batch rebuilds rarely.
+                sizes = {n: 1 << max(used[n], getattr(held, n), 1).bit_length() for n in used}
+                self._planner = self._build(Capacity(**sizes))
+        self._planner.plan(batch)
+
+    def __call__(
+        self,
+        q: Tensor,
+        kv: KvCacheView,
+        *,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        scale: float | None = None,
+        q_scale: Tensor | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+        params: Mapping[str, Tensor | float] | None = None,
+        partial: bool = False,
+    ) -> Tensor:
+        """Run ``attention`` on the step planned last; arguments, results and errors are its own."""
+        return attention(
+            self.slot,
+            q,
+            kv,
+            out=out,
+            lse=lse,
+            scale=scale,
+            q_scale=q_scale,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            params=params,
+            partial=partial,
+        )

@@ -1,0 +1,98 @@
+"""What a planner is built for: the layer classes of a model and the largest step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fi_backend.errors import require
+from fi_backend.formats import CAUSAL, Band, HeadShape
+from fi_backend.variants import Variant, derive_band
+
+MAX_KV_LEN = 1 << 30
+
+
+@dataclass(frozen=True)
+class LayerClass:
+    """What the attention layers that share one plan have in common.
+
+    Attributes:
+        heads: heads of one rank.
+        dtype: of q and of the output: float32 (CPU only), float16 or bfloat16.
+        kv_dtype: of the cache; None means ``dtype``; or float8_e4m3fn.
+        band: which KV positions a query may see; masked exactly.
+        variant: what happens to logits; None is plain softmax attention.
+        page_table_id: which of the batches given to ``plan`` this class reads.
+    """
+
+    heads: HeadShape
+    dtype: torch.dtype
+    kv_dtype: torch.dtype | None = None
+    band: Band = CAUSAL
+    variant: Variant | None = None
+    page_table_id: int = 0
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Element type of the KV cache."""
+        return self.dtype if self.kv_dtype is None else self.kv_dtype
+
+    @property
+    def planned_band(self) -> Band:
+        """The band that bounds both ``band`` and the variant's mask: what the planner skips by."""
+        if self.variant is None:
+            return self.band
+        derived = derive_band(self.variant)
+        return intersect_bands(self.band, Band(derived.left, derived.right, derived.sink_prefix))
+
+
+def intersect_bands(a: Band, b: Band) -> Band:
+    """Return the tightest band that covers every pair visible in both.
+
+    A pair inside one window and one sink prefix lies in the larger prefix, so the smaller window
+    and the larger prefix cover the intersection.
+    """
+
+    def smaller(x: int, y: int) -> int:
+        return max(x, y) if min(x, y) < 0 else min(x, y)
+
+    return Band(
+        smaller(a.left, b.left), smaller(a.right, b.right), max(a.sink_prefix, b.sink_prefix)
+    )
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The largest step a planner serves. Any batch within it fits by construction.
+
+    Attributes:
+        max_requests: requests of a step, padded ones included.
+        max_tokens: query tokens of a step.
+        max_kv_len: KV tokens of one request.
+        max_nodes: shared prefixes of a step; 0 turns sharing off.
+        max_links: memberships summed over nodes.
+        max_shared_tokens: query tokens summed over nodes.
+
+    Raises:
+        InvalidInput: a negative count, or a KV length that 32-bit positions cannot hold.
+    """
+
+    max_requests: int
+    max_tokens: int
+    max_kv_len: int
+    max_nodes: int = 0
+    max_links: int = 0
+    max_shared_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            hint = "capacity is what the largest step needs"
+            require(value >= 0, f"capacity.{name}", "at least 0", value, hint)
+        require(
+            self.max_kv_len <= MAX_KV_LEN,
+            "capacity.max_kv_len",
+            f"at most {MAX_KV_LEN} tokens",
+            self.max_kv_len,
+            "positions are 32-bit",
+        )

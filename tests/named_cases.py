@@ -1,0 +1,112 @@
+"""The named attention problems, and a generator of random ones."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from cases import Case
+
+from fi_backend.formats import CAUSAL, FULL, Band, HeadShape
+
+BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+# Around the page (16) and the KV tile (64), as decodes.
+EDGES = tuple((1, n) for n in (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 257))
+MIXED = ((1, 77), (33, 33), (1, 1), (20, 90), (5, 64), (0, 0), (1, 130))
+
+
+def heads(g: int, dim: int = 64, dim_vo: int | None = None) -> HeadShape:
+    return HeadShape(2 * g, 2, dim, dim_vo)
+
+
+CASES = [
+    Case("decode-edges", EDGES),
+    Case("decode-long", ((1, 1500),)),
+    Case("decode-many", tuple((1, 5 + 7 * i % 90) for i in range(40)), heads(1, 32)),
+    Case("prefill-edges", ((1, 1), (15, 15), (16, 16), (17, 17), (63, 63), (65, 65))),
+    Case("prefill-long", ((300, 300),), heads(2, 32)),
+    Case("prefill-bf16", ((130, 130), (40, 40)), dtype=BF16),
+    Case("chunked", ((64, 200), (33, 129), (16, 80))),
+    Case("mixed", MIXED),
+    Case("mixed-bf16", MIXED, heads(4, 128), BF16),
+    Case("mixed-fp16", MIXED, heads(4, 128), FP16),
+    Case("verification", tuple((4, n) for n in (4, 19, 64, 67, 200)), heads(4)),
+    Case("zero-length", ((0, 0), (1, 9), (0, 0), (0, 40), (3, 3), (0, 0))),
+    Case("empty-batch", ()),
+    Case("nothing-but-padding", ((0, 0), (0, 0)), padding=3),
+    Case("padding-rows", ((1, 20), (2, 40)), padding=5),
+    Case("queries-without-keys", ((5, 2), (3, 0), (1, 4))),
+    Case("g2", MIXED, heads(2)),
+    Case("g4-d80", MIXED, heads(4, 80)),
+    Case("g5-d96", MIXED, heads(5, 96)),
+    Case("g7-d112", MIXED, heads(7, 112)),
+    Case("g8-d128", MIXED, heads(8, 128), BF16),
+    Case("g16-d40", MIXED, HeadShape(16, 1, 40)),
+    Case("d256", MIXED, heads(1, 256)),
+    Case("d192-128", MIXED, heads(2, 192, 128), BF16),
+    Case("d64-vo-256", MIXED, heads(2, 64, 256)),
+    Case("page-1", MIXED, page_size=1, table="csr"),
+    Case("page-3", MIXED, page_size=3, layout="hnd"),
+    Case("page-128", MIXED, page_size=128),
+    Case("hnd", MIXED, layout="hnd", table="wide"),
+    Case("stacked", MIXED, layout="stacked", wide_lengths=True),
+    Case("packed", MIXED, heads(2, 64, 32), layout="packed"),
+    Case("sglang", MIXED, layout="slots", table="slots", page_size=8, wide_lengths=True),
+    Case("sglang-tokens", MIXED, layout="slots", table="indirect64", page_size=1),
+    Case("indirect", MIXED, table="indirect"),
+    Case("csr", MIXED, table="csr"),
+    Case("page-map", MIXED, table="mapped"),
+    Case("strided", MIXED, strided=True, dtype=BF16),
+    Case("scales", MIXED, scales="one"),
+    Case("fp8", MIXED, heads(2), BF16, FP8, scales="per_head"),
+    Case("fp8-slots", MIXED, heads(4), FP16, FP8, scales="one", layout="slots", page_size=4),
+    Case("fp8-fp32", MIXED, heads(1), kv_dtype=FP8),
+    Case("bidirectional", MIXED, band=FULL),
+    Case("look-ahead", MIXED, band=Band(20, 7)),
+    Case("window-1", MIXED, band=Band.window(1)),
+    Case("window-64", ((1, 300), (70, 260), (1, 64), (40, 40)), band=Band.window(64)),
+    Case("window-sinks", ((1, 400), (90, 260), (1, 64)), band=Band.window(50, 4)),
+    Case("window-variant", MIXED, variant="window"),
+    Case("soft-cap", MIXED, variant="soft_cap"),
+    Case("alibi", MIXED, heads(4), variant="alibi"),
+    Case("sinks", MIXED, heads(4), BF16, variant="sinks"),
+    Case("sinks-nothing-seen", ((5, 2), (3, 0), (1, 4)), variant="sinks"),
+    Case("tree-mask", tuple((q, q + c) for q, c in ((8, 60), (33, 5), (1, 70))), variant="tree"),
+    Case("custom-mask", MIXED, band=FULL, variant="bits"),
+    Case("sigmoid", MIXED, variant="sigmoid"),
+    Case("sigmoid-scales", MIXED, variant="sigmoid", scales="per_head", dtype=BF16),
+    Case("gemma-chain", MIXED, heads(2), variant="gemma", strided=True),
+]
+
+
+def random_case(seed: int) -> Case:
+    """Return a case with every dimension drawn at random; small enough for the oracle."""
+    rng = random.Random(seed)
+    lengths = []
+    for _ in range(rng.choice((1, 2, 5, 12))):
+        q_len = rng.choice((0, 1, 1, 1, 2, 5, rng.randint(1, 70)))
+        context = rng.choice((0, 0, rng.randint(0, 40), rng.randint(0, 200), 64 - q_len, 128))
+        lengths.append((q_len, max(q_len + context, 0)))
+    dtype = rng.choice((torch.float32, torch.float32, BF16, FP16))
+    num_kv_heads = rng.choice((1, 2, 3))
+    dim = rng.choice((32, 40, 64, 80, 128))
+    variants = ("", "", "", "soft_cap", "alibi", "sinks", "tree", "bits", "sigmoid", "gemma")
+    page_size = rng.choice((1, 2, 5, 16, 32))
+    return Case(
+        f"random-{seed}",
+        tuple(lengths),
+        HeadShape(
+            num_kv_heads * rng.choice((1, 2, 3, 4, 6)), num_kv_heads, dim, rng.choice((None, 64))
+        ),
+        dtype,
+        rng.choice((None, None, FP8)),
+        page_size,
+        rng.choice(("nhd", "hnd", "slots", "packed")),
+        rng.choice(("dense", "wide", "indirect", "indirect64", "slots", "csr", "mapped")),
+        rng.choice((CAUSAL, CAUSAL, FULL, Band.window(rng.randint(1, 100)), Band(9, 4, 5))),
+        rng.choice(variants),
+        wide_lengths=rng.random() < 0.3,
+        strided=rng.random() < 0.3,
+        scales=rng.choice(("", "", "one", "per_head")),
+        padding=rng.choice((0, 0, 3)),
+    )
