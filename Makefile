@@ -3,8 +3,41 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
+STEP := .ci/step
+CXX_FILES = $(shell find kernels -name '*.h' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
+# Tools of the environment (cmake, ninja) come before those of the machine.
+export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: core
+.NOTPARALLEL:
+.PHONY: help demo test lint test-gpu core env clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+demo: env core ## vLLM serves a small model through this backend; pictures and figures in demo_output/
+	@$(BIN)/python -m e2e_bench.demo
+
+test: env core lint ## environment, core, lint, then every test that needs no GPU
+	@echo "==> tests of planner, kernels, package and adapters"
+	@$(BIN)/python -m pytest tests/unit tests/cpu tests/adapters
+	@echo "==> tests through the real engines"
+	@$(BIN)/python -m pytest tests/engines
+
+lint: env ## ruff, mypy --strict, clang-format
+	@$(STEP) "ruff check" $(BIN)/ruff check .
+	@$(STEP) "ruff format" $(BIN)/ruff format --check .
+	@$(STEP) "mypy --strict" $(BIN)/mypy -p fi_backend
+	@$(STEP) "clang-format" $(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+test-gpu: env core ## tests/cuda, on a machine with an NVIDIA GPU
+	@$(BIN)/python -m fi_backend doctor --require gpu
+	@$(BIN)/python -m pytest tests/cuda
+
+env: ## the virtual environment of requirements/, made once per change of the locks
+	@.ci/env $(PYTHON) $(VENV)
+
 core: ## development build of the native core, into the source tree
-	@mkdir -p build
-	@flock build/.lock bash -c 'cmake -S . -B build/dev -G Ninja -DCMAKE_BUILD_TYPE=Release -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DPython_EXECUTABLE=$(abspath $(BIN)/python) >build/cmake.log 2>&1 || { cat build/cmake.log; exit 1; }; cmake --build build/dev && cp build/dev/_core*.so fi_backend/'
+	@$(STEP) "native core" .ci/core $(abspath $(BIN)/python)
+
+clean: ## remove what was built; the virtual environment stays
+	rm -rf build dist demo_output fi_backend/_core*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
