@@ -88,13 +88,15 @@ def include_allowed(layer: CxxLayer, relative: str, opening: str, header: str) -
 
 
 def python_violations(root: Path) -> Iterator[str]:
+    # Helpers of tests are importable by their bare names there.
+    helpers = {path.stem for path in (root / "tests").glob("*.py")}
     for top in ("fi_backend", "integrations", "e2e_bench", "docs"):
         for path in sorted((root / top).rglob("*.py")):
             relative = path.relative_to(root).as_posix()
             if relative.startswith(("fi_backend/integrations/", "fi_backend/include/")):
                 continue  # links to folders that are read under their own names
             for module in imported_modules(path, relative):
-                reason = import_violation(relative, module)
+                reason = import_violation(relative, module, helpers)
                 if reason:
                     yield f"{relative}: imports {module}: {reason}"
 
@@ -114,9 +116,9 @@ def imported_modules(path: Path, relative: str) -> Iterator[str]:
             yield from (f"{prefix}.{alias.name}" for alias in node.names)
 
 
-def import_violation(relative: str, module: str) -> str | None:
+def import_violation(relative: str, module: str, test_helpers: set[str]) -> str | None:
     parts = module.split(".")
-    if parts[0] in {"tests", "integrations"} or parts[:2] in (
+    if parts[0] in {"tests", "integrations", *test_helpers} or parts[:2] in (
         ["fi_backend", "fi_backend"],
         ["fi_backend", "tests"],
     ):
@@ -190,6 +192,13 @@ def test_a_planted_violation_is_found(tmp_path: Path, path: str, planted: tuple[
     assert len(found) == 1
     assert found[0].startswith(f"{path}: ")
     assert expected in found[0]
+
+
+def test_a_helper_of_tests_stays_there(tmp_path: Path) -> None:
+    for path, text in {"tests/cases.py": "", "e2e_bench/a.py": "from cases import Case"}.items():
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).write_text(text)
+    assert [v.split(":")[0] for v in python_violations(tmp_path)] == ["e2e_bench/a.py"]
 
 
 ALLOWED = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from functools import cache
 from pathlib import Path
@@ -58,11 +59,18 @@ OPERATIONS = [
     "abs(q_pos)",
     "-q_pos",
     "~q_pos",
-    "q_pos if kv_pos < q_len else kv_len",
+    "q_pos if kv_pos < q_len else kv_pos",
     "(q_pos < kv_pos) + (q_pos == kv_pos) * 2 + (q_pos >= 3 and kv_pos > 2) * 4",
     "(q_pos != kv_pos or not q_pos <= 5) + q_len // kv_len",
 ]
-COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
+COMPARISONS = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
 
 
 @cache
@@ -92,19 +100,24 @@ def ranges(draw: st.DrawFn) -> tuple[int, int]:
     return max(-(2**31), min(first, 2**31 - count)), count
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.sampled_from(OPERATIONS), ranges(), ranges(), st.integers(-2, 3), st.data())
+@pytest.mark.parametrize("text", OPERATIONS)
+@settings(max_examples=150, deadline=None)
+@given(q=ranges(), kv=ranges(), q_len=st.integers(-2, 3), step=st.integers(-1, 1))
 def test_bounds_of_every_operation(
-    text: str, q: tuple[int, int], kv: tuple[int, int], q_len: int, data: st.DataObject
+    text: str, q: tuple[int, int], kv: tuple[int, int], q_len: int, step: int
 ) -> None:
     rows = [q[0] + i for i in range(q[1])]
     tile = make_tile(q[1], kv[1], q_pos=rows, q_len=q_len, kv_len=3, kv_begin=kv[0])
     zeros = torch.zeros(q[1], kv[1], dtype=torch.float64)
     taken = value_of(text).evaluate_logits(zeros, tile.context()).int().flatten().tolist()
-    near = data.draw(st.sampled_from([min(taken), max(taken), taken[0]]))
-    p = max(-(2**31), min(near + data.draw(st.integers(-1, 1)), 2**31 - 1))
-    for comparison in COMPARISONS:
-        check_tile(compared()[text, comparison], tile, {"p": p})
+    for near in (min(taken), max(taken)):
+        p = max(-(2**31), min(near + step, 2**31 - 1))
+        for comparison, holds in COMPARISONS.items():
+            bound = bind_stages(compared()[text, comparison], {"p": p})
+            answer = mask_kind(bound.stages[0][2], tile.box(), bound.stages[0][4])
+            visible = [holds(value, p) for value in taken]
+            assert answer != "empty" or not any(visible)
+            assert answer != "full" or all(visible)
 
 
 LEAVES = ("q_pos", "kv_pos", "q_len", "kv_len", "q_head", "p")
@@ -136,8 +149,8 @@ class MaskWriter:
     def condition(self, depth: int) -> str:
         pick = self._random.randrange(8)
         if depth == 0 or pick < 4:
-            operator = self._random.choice(COMPARISONS)
-            return f"({self.number(depth)} {operator} {self.number(depth)})"
+            comparison = self._random.choice([*COMPARISONS])
+            return f"({self.number(depth)} {comparison} {self.number(depth)})"
         a, b = self.condition(depth - 1), self.condition(depth - 1)
         if pick == 4:
             return f"(not {a})"
@@ -167,7 +180,7 @@ def random_tile(g: random.Random) -> Tile:
 
 def test_random_masks_agree_with_the_oracle_and_their_bounds_are_sound() -> None:
     writer, g = MaskWriter(7), random.Random(7)
-    variants = [writer.variant() for _ in range(120)]
+    variants = [writer.variant() for _ in range(80)]
     table = torch.tensor([0, 1, -1, 5, 9, -(2**31), 2**31 - 1, 40], dtype=torch.int32)
     compile_together(variants, {"p": 0, "table": table})
     kinds = {"empty": 0, "full": 0, "mixed": 0}
@@ -175,4 +188,4 @@ def test_random_masks_agree_with_the_oracle_and_their_bounds_are_sound() -> None
         for _ in range(12):
             params = {"p": g.choice(NUMBERS), "table": table}
             kinds[check_tile(variant, random_tile(g), params)] += 1
-    assert min(kinds.values()) > 100, kinds  # the bounds decide often enough to be worth having
+    assert min(kinds.values()) > 60, kinds  # the bounds decide often enough to be worth having
