@@ -17,6 +17,7 @@ from torch import Tensor
 import fi_backend as fi
 from e2e_bench import report
 
+HEADS = fi.HeadShape(32, 8, 128)
 PAGE = 32  # vLLM's CPU kernel wants a multiple of 32
 
 
@@ -27,7 +28,7 @@ class Workload:
     name: str
     q_lens: tuple[int, ...]
     kv_lens: tuple[int, ...]
-    heads: fi.HeadShape = fi.HeadShape(32, 8, 128)
+    heads: fi.HeadShape = HEADS
 
     @property
     def num_bytes(self) -> float:
@@ -37,7 +38,9 @@ class Workload:
     @property
     def flops(self) -> float:
         """Floating-point operations of the visible causal pairs."""
-        pairs = sum(q * kv - q * (q - 1) / 2 for q, kv in zip(self.q_lens, self.kv_lens))
+        pairs = sum(
+            q * kv - q * (q - 1) / 2 for q, kv in zip(self.q_lens, self.kv_lens, strict=True)
+        )
         return 4 * pairs * self.heads.num_qo_heads * self.heads.head_dim_qk
 
 
@@ -63,7 +66,7 @@ class Data:
         self.v = torch.randn(shape).bfloat16()
         order = torch.randperm(pool, dtype=torch.int32)
         self.table = torch.zeros(len(counts), max(counts), dtype=torch.int32)
-        for row, pages in zip(self.table, order.split(counts)):
+        for row, pages in zip(self.table, order.split(counts), strict=True):
             row[: len(pages)] = pages
         tokens = sum(workload.q_lens)
         self.q = torch.randn(tokens, heads.num_qo_heads, heads.head_dim_qk).bfloat16()
@@ -103,7 +106,7 @@ def _ours(data: Data) -> Callable[[], Tensor]:
 
 
 def _vllm(data: Data) -> Callable[[], Tensor]:
-    from vllm import _custom_ops as ops  # noqa: PLC0415 - an engine, and slow to import
+    from vllm import _custom_ops as ops  # an engine, and slow to import
 
     heads, d = data.workload.heads, data.workload.heads.head_dim_qk
     cache = torch.zeros(len(data.k), heads.num_kv_heads, PAGE * 2, d, dtype=torch.bfloat16)

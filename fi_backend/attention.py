@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 register_op(
     "attention(int slot, Tensor q, Tensor k, Tensor v, Tensor(a!) out, *, Tensor(b!)? lse,"
-    " float scale, Tensor? q_scale, Tensor? k_scale, Tensor? v_scale, Tensor[] tensors,"
-    " str[] names, float[] numbers, bool partial) -> ()",
+    " float scale, Tensor?[] scales, Tensor[] tensors, str[] names, float[] numbers,"
+    " bool partial) -> ()",
     run_attention,
     lambda *_, **__: None,
 )
@@ -43,32 +43,26 @@ def attention(
     params: Mapping[str, Tensor | float] | None = None,
     partial: bool = False,
 ) -> Tensor:
-    """Run the attention of one layer for the step that its planner planned last.
+    """Run the attention of one layer for the step that its planner planned last; return ``out``.
 
-    Query token i of request r sees the KV positions that the layer class's band and variant let
-    through. Logits are ``scale * q_scale * k_scale * (q . k)``, then the variant, then the masks,
-    softmax in float32, ``v_scale`` at the output, sinks, the variant's output transform. A query
-    that sees nothing gets o = 0 and lse = -inf.
+    Logits are ``scale * q_scale * k_scale * (q . k)``, then the variant's, then the masks, softmax
+    in float32, ``v_scale`` at the output, sinks, the variant's output transform. A query that sees
+    nothing gets o = 0 and lse = -inf (the sink's value with a sink).
 
     Args:
         slot: ``planner.slot(i)`` of the layer's class.
         q: dtype of the layer class [num_tokens, num_qo_heads, head_dim_qk], any strides but 1 in
             the last dimension. Rows past the batch's tokens are padding and are not read.
         kv: the layer's cache; the step's own K and V are in it already (``append_kv``).
-        out: dtype of q or float32 [rows of q, num_qo_heads, head_dim_vo], written in place,
-            any strides but 1 in the last dimension; must not overlap other tensors. Padding rows
-            stay as they are. None: allocated, float32 for partial states, else the dtype of q.
+        out: dtype of q or float32 [rows of q, num_qo_heads, head_dim_vo], written in place, any
+            strides but 1 in the last dimension; must not overlap other tensors. Padding rows stay
+            as they are. None: allocated, float32 for partial states, else the dtype of q.
         lse: float32 [rows of q, num_qo_heads] contiguous, written in place: natural log of the sum
-            of exponentials, sink included. None: not wanted.
+            of exponentials, sink included; None: not wanted.
         scale: of the logits; None means 1 / sqrt(head_dim_qk).
-        q_scale: float32, one value or one per KV head; None means 1.
-        k_scale: as q_scale.
-        v_scale: as q_scale.
+        q_scale: float32, one value or one per KV head; None means 1. So are k_scale and v_scale.
         params: values of the variant's open parameters.
         partial: return the state before sinks and output transform, for ``merge_states``.
-
-    Returns:
-        out.
 
     Raises:
         InvalidInput: the slot was not planned, or a tensor's dtype, shape, strides or device do not
@@ -79,34 +73,32 @@ def attention(
     """
     heads = slot.layer_class.heads
     if out is None:
-        out = torch.empty(
-            (q.shape[0], heads.num_qo_heads, heads.head_dim_vo),
-            dtype=torch.float32 if partial else q.dtype,
-            device=q.device,
-        )
-    tensors, numbers = {}, {}
-    for name, value in (params or {}).items():
-        if isinstance(value, Tensor):
-            tensors[name] = value
-        else:
-            numbers[name] = float(value)
+        dtype = torch.float32 if partial else q.dtype
+        shape = (q.shape[0], heads.num_qo_heads, heads.head_dim_vo)
+        out = torch.empty(shape, dtype=dtype, device=q.device)
     torch.ops.fi_backend.attention(
         handle_of(slot),
-        q,
-        kv.k,
-        kv.v,
-        out,
+        *(q, kv.k, kv.v, out),
         lse=lse,
         scale=heads.head_dim_qk**-0.5 if scale is None else scale,
-        q_scale=q_scale,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        tensors=list(tensors.values()),
-        names=[*tensors, *numbers],
-        numbers=list(numbers.values()),
+        scales=[q_scale, k_scale, v_scale],
+        **_split_params(params or {}),
         partial=partial,
     )
     return out
+
+
+def _split_params(params: Mapping[str, Tensor | float]) -> dict[str, Any]:
+    """Parameters as the op takes them: names of the tensors first, then those of the numbers."""
+    tensors = {name: value for name, value in params.items() if isinstance(value, Tensor)}
+    numbers = {name: float(v) for name, v in params.items() if not isinstance(v, Tensor)}
+    names = [*tensors, *numbers]
+    return {"tensors": [*tensors.values()], "names": names, "numbers": [*numbers.values()]}
+
+
+def _power_of_two(count: int) -> int:
+    """The least one that is not smaller, so that growing batches rebuild rarely: 65 gives 128."""
+    return 1 << (count - 1).bit_length() if count else 0
 
 
 class Attention:
@@ -121,7 +113,8 @@ class Attention:
         kv_dtype: of the cache; None means ``dtype``.
         band: which KV positions a query may see.
         variant: what happens to logits; None is plain softmax attention.
-        capacity: the largest step; None: grows with the batches, by building a new planner.
+        capacity: the largest step; None: grows with the batches, by building a new planner. Give
+            one where the slot must stay the same, as in a compiled graph.
         num_ctas: spans that the work is cut into; None: chosen by StepPlanner.
 
     Raises:
@@ -160,12 +153,11 @@ class Attention:
             CapacityExceeded: larger than the capacity that was given.
         """
         if self._grows:
+            held = vars(self._planner.capacity)
             used = used_capacity(batch)
-            held = self._planner.capacity
-            if any(used[name] > getattr(held, name) for name in used):
-                # Powers of two, so that a growing batch rebuilds rarely.
-                sizes = {n: 1 << max(used[n], getattr(held, n), 1).bit_length() for n in used}
-                self._planner = self._build(Capacity(**sizes))
+            if any(count > held[name] for name, count in used.items()):
+                grown = {name: _power_of_two(max(n, held[name])) for name, n in used.items()}
+                self._planner = self._build(Capacity(**(held | grown)))
         self._planner.plan(batch)
 
     def __call__(

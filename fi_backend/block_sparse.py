@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fi_backend.checks import Int64Array, as_ints, refuse_first
-from fi_backend.errors import require
+from fi_backend.errors import InvalidInput, contract_message, require
 from fi_backend.formats import Nodes, PagedBatch, PageTable
 from fi_backend.storage import require_vector
 
@@ -65,10 +66,17 @@ class BlockSparse:
             indptr.tolist(),
             "count the blocks before each row block",
         )
-        self._check_bounds(self.row_bounds(), "block_rows", indptr.size - 1)
+        _check_bounds("block_rows", self.row_bounds(), self.block_rows, self.num_rows)
         columns = self.col_bounds()
+        _check_bounds("block_cols", columns, self.block_cols, self.num_cols)
+        require(
+            self.row_bounds().size == indptr.size,
+            "block_rows",
+            f"{indptr.size - 1} sizes, one per row block of indptr",
+            self.row_bounds().size - 1,
+            "indptr has one element more than there are row blocks",
+        )
         count = columns.size - 1
-        self._check_bounds(columns, "block_cols", count)
         refuse_first(
             (indices < 0) | (indices >= count),
             lambda i: (
@@ -77,16 +85,6 @@ class BlockSparse:
                 f"{indices[i]} at position {i}",
                 "columns are counted in blocks, not tokens",
             ),
-        )
-
-    @staticmethod
-    def _check_bounds(bounds: Int64Array, argument: str, count: int) -> None:
-        require(
-            bounds.size == count + 1 and bool((np.diff(bounds) > 0).all()),
-            argument,
-            f"{count} blocks of at least one token",
-            np.diff(bounds).tolist(),
-            "sizes must be positive and add up to the matrix",
         )
 
     def row_bounds(self) -> Int64Array:
@@ -110,6 +108,23 @@ def _bounds(sizes: int | Tensor, count: int, total: int | None) -> Int64Array:
     else:
         bounds = np.concatenate([[0], np.cumsum(as_ints(sizes))])
     return bounds
+
+
+def _check_bounds(
+    argument: str, bounds: Int64Array, sizes: int | Tensor, total: int | None
+) -> None:
+    blocks = np.diff(bounds)
+    largest = sizes if isinstance(sizes, int) else blocks.max(initial=1)
+    require(
+        bool((blocks > 0).all())
+        and bool((blocks <= largest).all())
+        and total in (None, bounds[-1]),
+        argument,
+        "sizes of at least one token that add up to the matrix"
+        + ("" if total is None else f" of {total}"),
+        blocks.tolist(),
+        "only the last block may be cut short",
+    )
 
 
 def block_sparse(
@@ -299,27 +314,44 @@ def shared_prefix(
     return replace(batch, nodes=make_nodes(groups, batch.num_requests))
 
 
-def element_mask(batch: PagedBatch, mask: Tensor) -> Tensor:
-    """Return a mask over matrix elements in the positions of a composed batch.
+def element_mask(batch: PagedBatch, mask: Tensor) -> dict[str, Tensor]:
+    """Return the parameters of ``variants.shipped.custom_mask`` that mask single elements.
 
     Args:
         batch: what ``block_sparse`` or ``compose`` returned.
         mask: bool [num_rows, num_cols] CPU, true where a query token sees a KV token.
 
     Returns:
-        bool [num_rows, longest kv_len]: element (t, j) for query token t and KV position j of its
-        request; false past kv_len.
+        ``mask_bits``: uint8 [num_rows, ceil(longest kv_len / 8)], the mask in the positions of the
+        composed rows; ``mask_offset``: int32 [requests].
+
+    Raises:
+        InvalidInput: the batch is not a composed one, or the mask has other sizes.
     """
+    table, qo_indptr = batch.page_table, as_ints(batch.qo_indptr)
+    if table.indptr is None:
+        raise InvalidInput(
+            contract_message("batch", "a CSR page table", "another", "pass what compose() returned")
+        )
+    columns = as_ints(table.entries)[:, None] * table.page_size + np.arange(table.page_size)
+    num_cols = int(columns.max()) + 1 if columns.size else 0
+    require(
+        mask.dtype == torch.bool
+        and mask.dim() == 2
+        and mask.shape[0] == qo_indptr[-1]
+        and mask.shape[1] >= num_cols,
+        "mask",
+        f"bool [{qo_indptr[-1]}, {num_cols} or more]",
+        f"{mask.dtype} {list(mask.shape)}",
+        "one element per query token and KV token",
+    )
     longest = int(batch.kv_len.max()) if batch.num_requests else 0
-    out = torch.zeros(mask.shape[0], longest, dtype=torch.bool)
-    table, indptr = batch.page_table, batch.qo_indptr.tolist()
-    page_ptr = as_ints(table.indptr) if table.indptr is not None else np.zeros(1, dtype=np.int64)
-    for r in range(batch.num_requests):
-        pages = table.entries[page_ptr[r] : page_ptr[r + 1]].long()
-        offsets = torch.arange(table.page_size)
-        columns = (pages[:, None] * table.page_size + offsets).flatten()
-        out[indptr[r] : indptr[r + 1], : columns.numel()] = mask[indptr[r] : indptr[r + 1], columns]
-    return out
+    out = np.zeros((mask.shape[0], longest), dtype=np.bool_)
+    for r, (first, last) in enumerate(pairwise(as_ints(table.indptr).tolist())):
+        rows, seen = slice(qo_indptr[r], qo_indptr[r + 1]), columns[first:last].ravel()
+        out[rows, : seen.size] = mask.numpy()[rows, seen]
+    bits = torch.from_numpy(np.packbits(out, axis=1, bitorder="little"))
+    return {"mask_bits": bits, "mask_offset": batch.qo_indptr[:-1]}
 
 
 def _check_disjoint(pages: Int64Array, counts: Int64Array) -> None:

@@ -67,7 +67,7 @@ def check_lengths(batch: PagedBatch) -> None:
     Raises:
         InvalidInput: an indptr that does not start at 0 or falls, a negative or huge kv_len.
     """
-    _check_indptr(as_ints(batch.qo_indptr), "qo_indptr", "pass cumulative query lengths")
+    check_indptr(as_ints(batch.qo_indptr), "qo_indptr", "pass cumulative query lengths")
     kv_len = as_ints(batch.kv_len)
     refuse_first(
         kv_len < 0,
@@ -136,7 +136,7 @@ def check_table(batch: PagedBatch) -> None:
     table = batch.page_table
     if table.indptr is not None:
         indptr = as_ints(table.indptr)
-        _check_indptr(indptr, "page_table.indptr", "pass cumulative page counts")
+        check_indptr(indptr, "page_table.indptr", "pass cumulative page counts")
         require(
             bool(indptr[-1] <= table.entries.numel()),
             "page_table.indptr",
@@ -177,7 +177,7 @@ def check_nodes(batch: PagedBatch, nodes: Nodes) -> None:
     """
     member_ptr = as_ints(nodes.member_ptr)
     members, begin, end = as_ints(nodes.members), as_ints(nodes.kv_begin), as_ints(nodes.kv_end)
-    _check_indptr(member_ptr, "nodes.member_ptr", "pass cumulative member counts")
+    check_indptr(member_ptr, "nodes.member_ptr", "pass cumulative member counts")
     require(
         bool(member_ptr[-1] == members.size),
         "nodes.member_ptr",
@@ -372,7 +372,12 @@ def as_ints(tensor: Tensor) -> Int64Array:
     return tensor.numpy().astype(np.int64)
 
 
-def _check_indptr(indptr: Int64Array, argument: str, hint: str) -> None:
+def check_indptr(indptr: Int64Array, argument: str, hint: str) -> None:
+    """Check that cumulative counts start at 0 and never fall.
+
+    Raises:
+        InvalidInput: they do not; the message names the first bad element.
+    """
     require(bool(indptr[0] == 0), argument, "0 at index 0", int(indptr[0]), hint)
     refuse_first(
         np.diff(indptr) < 0,

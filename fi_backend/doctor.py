@@ -154,7 +154,7 @@ def _core_findings() -> tuple[Finding, ...]:
     try:
         core = import_module("fi_backend._core")
     except ImportError as error:
-        if list(folder.glob("_core*")):
+        if list(folder.glob("_core*.so")):
             hint = f"it does not load: {error}"
         else:
             hint = "not built; run `make core` in a checkout, or install the wheel again"

@@ -93,12 +93,14 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class Band:
-    """Which KV positions a query may see: j < sink_prefix, or i - left <= j <= i + right.
+    """Which KV positions j a query at position i may see.
+
+    Visible: j <= i + right, and j >= i - left or j < sink_prefix.
 
     Attributes:
         left: tokens visible before the query's own position; -1: unbounded.
         right: tokens visible after it; -1: unbounded, 0: causal.
-        sink_prefix: leading tokens of the request that stay visible whatever the window.
+        sink_prefix: leading tokens of the request that stay visible however small ``left`` is.
 
     Raises:
         InvalidInput: a bound below -1 or a negative prefix.

@@ -35,9 +35,7 @@ def run_attention(
     *,
     lse: Tensor | None,
     scale: float,
-    q_scale: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
+    scales: list[Tensor | None],
     tensors: list[Tensor],
     names: list[str],
     numbers: list[float],
@@ -56,9 +54,9 @@ def run_attention(
     params.q, params.out = q.data_ptr(), out.data_ptr()
     params.lse = 0 if lse is None else lse.data_ptr()
     params.scale = scale
-    params.q_scale = launch.scale("q_scale", q_scale)
-    params.k_scale = launch.scale("k_scale", k_scale)
-    params.v_scale = launch.scale("v_scale", v_scale)
+    params.q_scale = launch.scale("q_scale", scales[0])
+    params.k_scale = launch.scale("k_scale", scales[1])
+    params.v_scale = launch.scale("v_scale", scales[2])
     params.partial = partial
     launch.bind_variant(tensors, names, numbers)
     _core.run_attention(params, torch.get_num_threads())
@@ -106,9 +104,11 @@ class _Launch:
             for name, value in batch.page_table.view()._asdict().items():
                 setattr(table, name, value)
             self.params.table = table
-            self.num_tokens = int(batch.qo_indptr[-1])
             self.step = weakref.ref(batch), k.shape[0]
             self.shapes = ()
+        num_tokens = int(batch.qo_indptr[-1])
+        if num_tokens != self.num_tokens:
+            self.num_tokens, self.shapes = num_tokens, ()
 
     def set_shapes(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None) -> None:
         """Check dtypes, shapes, strides and devices and take the strides, once per change."""
@@ -209,16 +209,11 @@ def bind_scale(name: str, value: Tensor | None, num_kv_heads: int) -> _core.Scal
     if value is None:
         return _NO_SCALE
     count = value.numel()
-    require(
-        value.dtype == torch.float32
-        and value.device.type == "cpu"
-        and count in (1, num_kv_heads)
-        and value.is_contiguous(),
-        name,
-        f"a contiguous float32 tensor of 1 or {num_kv_heads} elements on cpu",
-        describe(value),
-        "one scale for all heads, or one per KV head",
-    )
+    fits = value.dtype == torch.float32 and value.device.type == "cpu" and value.is_contiguous()
+    if not fits or count not in (1, num_kv_heads):
+        rule = f"a contiguous float32 tensor of 1 or {num_kv_heads} elements on cpu"
+        hint = "one scale for all heads, or one per KV head"
+        raise InvalidInput(contract_message(name, rule, describe(value), hint))
     return _core.Scale(value.data_ptr(), count > 1)
 
 

@@ -6,11 +6,10 @@ A ragged batch is a paged one with pages of one token: row r of the page table i
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fi_backend.checks import as_ints, refuse_first
+from fi_backend.checks import as_ints, check_indptr
 from fi_backend.errors import require
 from fi_backend.formats import PagedBatch, PageTable
 from fi_backend.storage import require_vector
@@ -29,19 +28,10 @@ def ragged(qo_indptr: Tensor, kv_indptr: Tensor) -> PagedBatch:
     require_vector(kv_indptr, "kv_indptr", (torch.int32,))
     require(kv_indptr.numel() > 0, "kv_indptr", "R + 1 elements", "none", "an empty batch has [0]")
     bounds = as_ints(kv_indptr)
-    kv_len = np.diff(bounds)
-    refuse_first(
-        kv_len < 0,
-        lambda r: (
-            "kv_indptr",
-            f"at least {bounds[r]} at index {r + 1}",
-            bounds[r + 1],
-            "pass cumulative KV lengths",
-        ),
-    )
+    check_indptr(bounds, "kv_indptr", "pass cumulative KV lengths")
     indices = torch.arange(int(bounds[-1]), dtype=torch.int32)
     return PagedBatch(
         qo_indptr,
-        torch.from_numpy(kv_len.astype(np.int32)),
+        kv_indptr.diff(),
         PageTable.csr(kv_indptr, indices, page_size=1),
     )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +196,22 @@ def test_nvrtc_search_order(tmp_path: Path, present: list[str], source: str) -> 
     assert (found.path is None) == (not present)
     assert found.version is None
     assert len(found.searched) == {"CUDA 13": 1, "CUDA 12": 2}.get(source, 3)
+
+
+def test_without_a_core_the_doctor_still_runs_and_names_say_why(tmp_path: Path) -> None:
+    ignored = shutil.ignore_patterns("_core*.so", "__pycache__")
+    shutil.copytree(Path(doctor.__file__).parent, tmp_path / "fi_backend", ignore=ignored)
+    path = os.pathsep.join([str(tmp_path), sysconfig.get_path("purelib")])
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-S", *arguments]  # -S: without the editable installation
+        environment = os.environ | {"PYTHONPATH": path}
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
+        )
+
+    result = run("-m", "fi_backend", "doctor")
+    assert result.returncode == 1
+    assert "  no  cpu             core: not built; run `make core`" in result.stdout
+    result = run("-c", "import fi_backend; fi_backend.attention")
+    assert "fi_backend._core: expected the native core, got No module" in result.stderr

@@ -12,14 +12,8 @@ from cases import Case, make_problem
 from named_cases import CASES
 
 from fi_backend.formats import CAUSAL, FULL, Band, KvCacheView, Nodes, PagedBatch, PageTable
-from fi_backend.oracle import (
-    Problem,
-    assert_close,
-    band_mask,
-    locate,
-    plain_torch_error,
-    solve,
-)
+from fi_backend.oracle import Problem, band_mask, locate, solve
+from fi_backend.tolerance import assert_close, plain_torch_error
 from fi_backend.variants.shipped import sigmoid_attention, sinks, soft_cap
 
 LOG2 = math.log(2.0)

@@ -77,8 +77,9 @@ def test_intersection_covers_every_pair_visible_in_both() -> None:
 
     generator = torch.Generator().manual_seed(3)
     for _ in range(200):
-        values = torch.randint(-1, 20, (6,), generator=generator).tolist()
-        a, b = Band(values[0], values[1], abs(values[2])), Band(values[3], values[4], abs(values[5]))
+        lefts, rights = torch.randint(-1, 20, (2, 2), generator=generator).tolist()
+        sinks = torch.randint(0, 20, (2,), generator=generator).tolist()
+        a, b = (Band(*bounds) for bounds in zip(lefts, rights, sinks, strict=True))
         assert not (seen(a) & seen(b) & ~seen(intersect_bands(a, b))).any()
 
 
