@@ -5,8 +5,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STEP := .ci/step
 CXX_FILES = $(shell find kernels -name '*.h' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
-# Tools of the environment (cmake, ninja) come before those of the machine.
-export PATH := $(abspath $(BIN)):$(PATH)
 
 .NOTPARALLEL:
 .PHONY: help demo test lint test-gpu core env clean

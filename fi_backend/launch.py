@@ -16,7 +16,7 @@ from torch import Tensor
 from fi_backend import _core
 from fi_backend.checks import check_page_ids
 from fi_backend.errors import InvalidInput, contract_message, require
-from fi_backend.formats import DTYPE_CODES, PagedBatch
+from fi_backend.formats import DTYPE_CODES
 from fi_backend.slot_registry import find_slot
 from fi_backend.variants.stages import bind_stages
 
@@ -46,7 +46,7 @@ def run_attention(
     launch = _launches.get(slot)
     if launch is None:
         launch = _launches[slot] = _Launch(slot)
-    launch.set_step(slot.batch, q, k)
+    launch.set_step(slot, k)
     launch.set_shapes(q, k, v, out, lse)
     params, kv = launch.params, launch.kv
     kv.k, kv.v = k.data_ptr(), v.data_ptr()
@@ -70,8 +70,8 @@ class _Launch:
         self.layer_class = slot.layer_class
         self.planned_band = slot.layer_class.planned_band
         self.shapes: tuple[object, ...] = ()
-        self.step: tuple[weakref.ref[PagedBatch] | None, int] = (None, -1)
-        self.num_tokens = 0
+        self.step = (0, -1)  # plans of the slot so far, pages of the cache
+        self.num_tokens = self.num_requests = 0
         self.kv = _core.KvCacheView()
         self.params = _core.AttentionParams()
         self.params.plan = slot.plan.data_ptr()
@@ -85,30 +85,31 @@ class _Launch:
         )
         self.params.band = _core.Band(band.left, band.right, band.sink_prefix)
 
-    def set_step(self, batch: PagedBatch | None, q: Tensor, k: Tensor) -> None:
+    def set_step(self, slot: PlanSlot, k: Tensor) -> None:
         """Take the page table of a step and check it against the cache, once per plan."""
+        batch = slot.batch
         if batch is None:
             message = contract_message("slot", "a plan", "none", "call planner.plan(batch) first")
             raise InvalidInput(message)
-        known, num_pages = self.step
-        if known is None or known() is not batch or num_pages != k.shape[0]:
-            require(
-                k.dim() == 4 and k.shape[1] == batch.page_table.page_size,
-                "kv",
-                f"pages of {batch.page_table.page_size} tokens, as in the page table",
-                f"k of shape {tuple(k.shape)}",
-                "view the cache with the table's page size",
-            )
-            check_page_ids(batch, k.shape[0], self.planned_band)
-            table = _core.PageTableView()
-            for name, value in batch.page_table.view()._asdict().items():
-                setattr(table, name, value)
-            self.params.table = table
-            self.step = weakref.ref(batch), k.shape[0]
-            self.shapes = ()
-        num_tokens = int(batch.qo_indptr[-1])
-        if num_tokens != self.num_tokens:
-            self.num_tokens, self.shapes = num_tokens, ()
+        step = (slot.num_plans, k.shape[0])
+        if step == self.step:
+            return
+        require(
+            k.dim() == 4 and k.shape[1] == batch.page_table.page_size,
+            "kv",
+            f"pages of {batch.page_table.page_size} tokens, as in the page table",
+            f"k of shape {tuple(k.shape)}",
+            "view the cache with the table's page size",
+        )
+        check_page_ids(batch, k.shape[0], self.planned_band)
+        table = _core.PageTableView()
+        for name, value in batch.page_table.view()._asdict().items():
+            setattr(table, name, value)
+        self.params.table = table
+        self.num_requests = batch.num_requests
+        self.num_tokens = int(batch.qo_indptr[-1])
+        self.step = step
+        self.shapes = ()
 
     def set_shapes(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None) -> None:
         """Check dtypes, shapes, strides and devices and take the strides, once per change."""
@@ -185,13 +186,11 @@ class _Launch:
                 "give the layer class its variant",
             )
             return
-        batch = self.step[0]() if self.step[0] else None
-        assert batch is not None
         sizes = {
             "q_head": self.layer_class.heads.num_qo_heads,
             "kv_head": self.layer_class.heads.num_kv_heads,
             "token": self.num_tokens,
-            "request": batch.num_requests,
+            "request": self.num_requests,
         }
         bound = bind_stages(variant, params, sizes)
         self.params.set_variant(bound.stages, bound.softmax, bound.sinks_addr)

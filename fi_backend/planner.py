@@ -47,6 +47,7 @@ class PlanSlot:
         classes: tile classes (rows, kv_tile, c_fixed, c_tile) that items refer to.
         plan: uint8 [layout.total_bytes] device.
         batch: the step planned last; None before the first.
+        num_plans: steps planned so far.
         partial_o: float32 [rows, head_dim_vo] device, partial outputs (workspace, shared by slots).
         partial_lse: float32 [rows] device, natural log.
         arrivals: int32 [units] device, zero between runs.
@@ -63,6 +64,7 @@ class PlanSlot:
         self.partial_lse = workspace.partial_lse[:rows]
         self.arrivals = workspace.arrivals[: planned.layout.max_units]
         self.batch: PagedBatch | None = None
+        self.num_plans = 0
 
     def arrays(self) -> dict[str, object]:
         """Return the plan as numpy structured arrays, trimmed to their used lengths.
@@ -99,6 +101,7 @@ class PlanSlot:
             self.plan.data_ptr(),
         )
         self.batch = batch
+        self.num_plans += 1
 
 
 @dataclass(frozen=True)

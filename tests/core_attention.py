@@ -152,6 +152,7 @@ class CoreRun:
         for r, row in enumerate(pages):
             at = count - r if case.table == "indirect" else r
             dense[at, : len(row) * stride : stride] = torch.tensor(row, dtype=torch.int32) * slots
+        self.entries = dense
         table.entries, table.row_stride = self._pointer(dense), dense.stride(0)
         table.entry_stride, table.slot_divisor = stride, slots
 
@@ -252,10 +253,10 @@ class CoreRun:
         distance = position - torch.arange(kv_len - q_len, kv_len)[:, None]
         seen = torch.ones(q_len, kv_len, dtype=torch.bool)
         if left >= 0:
-            seen &= distance >= -left
+            seen &= (distance >= -left) | (position < prefix)
         if right >= 0:
             seen &= distance <= right
-        return logits, seen | (position < prefix), v
+        return logits, seen, v
 
     def expected(self) -> tuple[Tensor, Tensor]:
         """Float64 o and lse of plain softmax attention."""

@@ -66,6 +66,7 @@ CASES = [
     Case("window-1", MIXED, band=Band.window(1)),
     Case("window-64", ((1, 300), (70, 260), (1, 64), (40, 40)), band=Band.window(64)),
     Case("window-sinks", ((1, 400), (90, 260), (1, 64)), band=Band.window(50, 4)),
+    Case("window-inside-sinks", ((10, 10), (3, 5), (1, 90)), band=Band(1, 0, 8)),
     Case("window-variant", MIXED, variant="window"),
     Case("soft-cap", MIXED, variant="soft_cap"),
     Case("alibi", MIXED, heads(4), variant="alibi"),

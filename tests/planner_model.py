@@ -125,8 +125,7 @@ def check_coverage(step: Step, plan: Plan) -> None:
     """Every visible (row, KV position) lies in exactly one item, no position in two."""
     heads = step.group_size * step.num_kv_heads
     counts = [
-        np.zeros((q, heads, kv), np.int32)
-        for q, kv in zip(step.q_lens, step.kv_lens, strict=True)
+        np.zeros((q, heads, kv), np.int32) for q, kv in zip(step.q_lens, step.kv_lens, strict=True)
     ]
     for item in plan.arrays["items"]:
         kv = np.arange(item["kv_begin"], item["kv_end"])

@@ -11,7 +11,8 @@ from cases import Case, make_out, make_problem
 from torch import Tensor
 
 from fi_backend import Attention
-from fi_backend.oracle import Problem, assert_close
+from fi_backend.oracle import Problem
+from fi_backend.tolerance import assert_close
 
 
 @dataclass(frozen=True)

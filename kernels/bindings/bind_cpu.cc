@@ -65,9 +65,8 @@ struct OwnedAttentionParams : AttentionParams {
     for (const auto& [logits, mask, mask_kind, output, params] : new_stages) {
       params_.emplace_back();
       for (const auto& [data, strides, scalar] : params) {
-        params_.back().push_back({reinterpret_cast<const void*>(data),
-                                  {strides[0], strides[1], strides[2]},
-                                  scalar});
+        params_.back().push_back(
+            {reinterpret_cast<const void*>(data), {strides[0], strides[1], strides[2]}, scalar});
       }
       stages_.push_back({reinterpret_cast<LogitsFn>(logits), reinterpret_cast<MaskFn>(mask),
                          reinterpret_cast<MaskKindFn>(mask_kind),
@@ -170,8 +169,8 @@ void bind_attention_params(py::module_& m) {
       .def_readwrite("partial", &AttentionParams::partial)
       .def_readwrite("layout", &AttentionParams::layout)
       .def("set_classes", &OwnedAttentionParams::set_classes, py::arg("classes"))
-      .def("set_variant", &OwnedAttentionParams::set_variant, py::arg("stages"),
-           py::arg("softmax"), py::arg("sinks"));
+      .def("set_variant", &OwnedAttentionParams::set_variant, py::arg("stages"), py::arg("softmax"),
+           py::arg("sinks"));
 }
 
 void bind_append_and_merge_params(py::module_& m) {
@@ -227,8 +226,9 @@ void run_attention(const OwnedAttentionParams& params, int num_threads) {
   require_threads(num_threads);
   require_heads(params.heads);
   if (!params.plan || params.classes[0].rows < 1) {
-    throw py::value_error("params: expected a plan and its tile classes, got none; "
-                          "set plan and call set_classes");
+    throw py::value_error(
+        "params: expected a plan and its tile classes, got none; "
+        "set plan and call set_classes");
   }
   py::gil_scoped_release release;
   cpu::run_attention(params, num_threads);
@@ -258,8 +258,9 @@ void bind_cpu(py::module_& m) {
   m.def("append_kv", &append_kv, py::arg("params"), py::arg("num_threads"));
   m.def("merge_states", &merge_states, py::arg("params"), py::arg("num_threads"));
   m.def("active_isa", &cpu::active_isa);
-  m.def("force_isa", [](const std::string& isa) { return cpu::force_isa(isa.c_str()); },
-        py::arg("isa"));
+  m.def(
+      "force_isa", [](const std::string& isa) { return cpu::force_isa(isa.c_str()); },
+      py::arg("isa"));
 }
 
 }  // namespace fi

@@ -21,9 +21,8 @@ struct Side {
 void append_row(const AppendParams& p, const Side& side, int64_t token, int64_t slot, int32_t head,
                 float* row) {
   const int64_t page = slot / p.kv.page_size, offset = slot % p.kv.page_size;
-  const char* src =
-      side.src + (token * side.src_stride_token + head * side.src_stride_head) *
-                     element_size(p.dtype);
+  const char* src = side.src + (token * side.src_stride_token + head * side.src_stride_head) *
+                                   element_size(p.dtype);
   char* dst = side.dst + (page * side.dst_stride.page + offset * side.dst_stride.token +
                           head * side.dst_stride.head) *
                              element_size(p.kv.dtype);
@@ -43,10 +42,20 @@ void append_row(const AppendParams& p, const Side& side, int64_t token, int64_t 
 }  // namespace
 
 void append_kv(const AppendParams& p, int num_threads) {
-  const Side k{static_cast<const char*>(p.k), p.k_stride_token, p.k_stride_head,
-               static_cast<char*>(p.kv.k),    p.kv.k_stride,    p.heads.head_dim_qk, p.k_scale};
-  const Side v{static_cast<const char*>(p.v), p.v_stride_token, p.v_stride_head,
-               static_cast<char*>(p.kv.v),    p.kv.v_stride,    p.heads.head_dim_vo, p.v_scale};
+  const Side k{static_cast<const char*>(p.k),
+               p.k_stride_token,
+               p.k_stride_head,
+               static_cast<char*>(p.kv.k),
+               p.kv.k_stride,
+               p.heads.head_dim_qk,
+               p.k_scale};
+  const Side v{static_cast<const char*>(p.v),
+               p.v_stride_token,
+               p.v_stride_head,
+               static_cast<char*>(p.kv.v),
+               p.kv.v_stride,
+               p.heads.head_dim_vo,
+               p.v_scale};
   const size_t scratch_bytes = std::max(k.dim, v.dim) * sizeof(float);
   const int64_t grain = 16;  // tokens: about 32 KB of 8 heads x 128 in bf16
   parallel_for(num_threads, p.num_tokens, grain, scratch_bytes,

@@ -11,6 +11,9 @@
 namespace fi::cpu {
 namespace {
 
+// Planned cost that is worth one more thread: about 15 us, twice what waking one takes.
+constexpr int64_t kCostPerThread = 8000;
+
 TileOperands item_operands(const Job& job, const WorkItem& item, const Scratch& s) {
   TileOperands t{};
   t.rows = item.num_rows;
@@ -78,7 +81,9 @@ void run_attention(const AttentionParams& params, int num_threads) {
   if (job.plan.header->num_items == 0) return;
   Scratch unused;
   const size_t scratch_bytes = carve_scratch(job, nullptr, &unused);
-  const int threads = std::clamp(num_threads, 1, std::max(params.layout.num_ctas, 1));
+  const int64_t useful = 1 + job.plan.header->total_cost / kCostPerThread;
+  const int threads =
+      static_cast<int>(std::min<int64_t>({num_threads, params.layout.num_ctas, useful}));
   std::atomic<int32_t> ticket{0};
   ThreadPool::instance().run(threads, scratch_bytes, [&](char* memory) {
     Scratch scratch;

@@ -70,7 +70,8 @@ template <class T>
   narrow_u16((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded, p);
 }
 
-// Rounding by hardware: adding 2^(23 + ulp exponent) leaves the subnormal's integer in the low bits.
+// Rounding by hardware: adding 2^(23 + ulp exponent) leaves the subnormal's integer in the low
+// bits.
 [[gnu::always_inline]] inline void store(Float16* p, Vec v) {
   if constexpr (kHasFp16) return store_fp16(v, p);
   const UintVec bits = (UintVec)v;
@@ -78,7 +79,7 @@ template <class T>
   const UintVec odd = (magnitude >> 13) & 1;
   const UintVec normal = (magnitude - (112u << 23) + 0xfff + odd) >> 13;
   const UintVec subnormal = (UintVec)((Vec)magnitude + 0.5f) - 0x3f000000;
-  UintVec half = magnitude < 0x38800000 ? subnormal : normal;  // 2^-14
+  UintVec half = magnitude < 0x38800000 ? subnormal : normal;   // 2^-14
   half = magnitude >= 0x47800000 ? UintVec{} + 0x7c00u : half;  // 2^16 and infinity
   half = magnitude > 0x7f800000 ? UintVec{} + 0x7e00u : half;
   narrow_u16(half | (bits & 0x80000000) >> 16, p);

@@ -9,6 +9,8 @@ namespace fi::cpu {
 constexpr int32_t kMaxTileCols = 64;  // logits of 64 rows x 64 columns stay in L1 beside a K tile
 constexpr int32_t kColPad = 16;       // kernels round columns up to this
 constexpr int32_t kRowPad = 6;        // and rows of large tiles up to this
+constexpr int32_t kMatmulRows = 17;   // from here on packing K and V costs less than converting
+                                      // them once per 4 rows
 constexpr int32_t kDimPad = 16;       // and strides of fp32 scratch up to this
 
 // One KV tile against the rows of one item. Scratch is fp32.

@@ -25,19 +25,19 @@ struct Job {
 
 // One thread's scratch, carved from one block. R = max_rows rounded up to kRowPad.
 struct Scratch {
-  VariantRow* rows;           // [R]
-  float* q;                   // [R][q_stride] fp32, scale folded in
-  float* logits;              // [R][kMaxTileCols]
-  float* o;                   // [R][o_stride]
-  float* row_max;             // [R]
-  float* row_sum;             // [R]
-  float* rescale;             // [R]
-  float* lse;                 // [R]
-  float* k_transposed;        // [q_stride][kMaxTileCols]
-  float* v_floats;            // [kMaxTileCols][o_stride]
-  char* zeros;                // one KV row of any dtype
-  const void** k_rows[2];     // [kMaxTileCols] each: this tile's and the next one's
-  const void** v_rows[2];     //
+  VariantRow* rows;        // [R]
+  float* q;                // [R][q_stride] fp32, scale folded in
+  float* logits;           // [R][kMaxTileCols]
+  float* o;                // [R][o_stride]
+  float* row_max;          // [R]
+  float* row_sum;          // [R]
+  float* rescale;          // [R]
+  float* lse;              // [R]
+  float* k_transposed;     // [q_stride][kMaxTileCols]
+  float* v_floats;         // [kMaxTileCols][o_stride]
+  char* zeros;             // one KV row of any dtype
+  const void** k_rows[2];  // [kMaxTileCols] each: this tile's and the next one's
+  const void** v_rows[2];  //
 };
 
 // Lays scratch out in `memory` and returns the bytes it takes; memory null: only counts.

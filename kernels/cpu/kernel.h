@@ -1,9 +1,9 @@
 // The tile arithmetic: q . k, online softmax, weights . v, for one register width.
 //
 // Two ways through a tile. Few rows (decode): K and V are converted in registers as they arrive
-// from memory and used for up to 4 rows at once; bound by memory. Many rows (prefill): K (transposed)
-// and V become fp32 scratch once per tile, then both products are the same register-blocked matrix
-// product; bound by multiply-adds. Unnamed namespace: see simd.h.
+// from memory and used for up to 4 rows at once; bound by memory. Many rows (prefill): K
+// (transposed) and V become fp32 scratch once per tile, then both products are the same
+// register-blocked matrix product; bound by multiply-adds. Unnamed namespace: see simd.h.
 #pragma once
 
 #include "cpu/convert.h"
@@ -13,9 +13,6 @@ namespace fi::cpu {
 namespace {
 
 // Inner blocks are [[gnu::flatten]]: one call left in them sends every accumulator to memory.
-
-// From here on packing K and V costs less than converting them once per 4 rows.
-constexpr int32_t kMatmulRows = 17;
 
 template <class T>
 [[gnu::always_inline]] inline void prefetch_row(const void* row, int32_t n) {
@@ -95,9 +92,8 @@ template <class T, int R, int D, bool kHalf>
   float* o = t.o + row * t.o_stride + d;
   const float* weights = t.logits + row * t.logits_stride;
   unroll<R>([&](int r) {
-    unroll<D>([&](int j) {
-      acc[r][j] = load(o + r * t.o_stride + j * kWidth) * t.rescale[row + r];
-    });
+    unroll<D>(
+        [&](int j) { acc[r][j] = load(o + r * t.o_stride + j * kWidth) * t.rescale[row + r]; });
   });
   const bool first_pass = row == 0 && d == 0;
   for (int32_t col = 0; col < t.cols; ++col) {
@@ -110,9 +106,8 @@ template <class T, int R, int D, bool kHalf>
       unroll<D>([&](int j) { acc[r][j] += weight * v_part[j]; });
     });
   }
-  unroll<R>([&](int r) {
-    unroll<D>([&](int j) { store(o + r * t.o_stride + j * kWidth, acc[r][j]); });
-  });
+  unroll<R>(
+      [&](int r) { unroll<D>([&](int j) { store(o + r * t.o_stride + j * kWidth, acc[r][j]); }); });
 }
 
 template <class T, int R>
@@ -145,7 +140,8 @@ struct Matrix {
 // c[6][N vectors] = c * scale + a[6][depth] . b[depth][N vectors]; scale null: c = a . b.
 // 6 x 4 vectors of 16 (6 x 2 of 8 or 4) leave registers for one row of b and one broadcast of a.
 template <int N>
-[[gnu::flatten]] void matmul_block(Matrix a, Matrix b, Matrix c, const float* scale, int32_t depth) {
+[[gnu::flatten]] void matmul_block(Matrix a, Matrix b, Matrix c, const float* scale,
+                                   int32_t depth) {
   Vec acc[kRowPad][N] = {};
   if (scale) {
     unroll<kRowPad>([&](int r) {
@@ -256,13 +252,13 @@ void softmax_tile(const TileOperands& t) {
 }
 
 constexpr IsaKernels make_kernels(const char* name) {
-  return {name,
-          {load_row<Float32>, load_row<Float16>, load_row<BFloat16>, load_row<Float8>},
-          {store_row<Float32>, store_row<Float16>, store_row<BFloat16>, store_row<Float8>},
-          {qk_tile<Float32>, qk_tile<Float16>, qk_tile<BFloat16>, qk_tile<Float8>},
-          softmax_tile,
-          {weigh_v_tile<Float32>, weigh_v_tile<Float16>, weigh_v_tile<BFloat16>,
-           weigh_v_tile<Float8>}};
+  return {
+      name,
+      {load_row<Float32>, load_row<Float16>, load_row<BFloat16>, load_row<Float8>},
+      {store_row<Float32>, store_row<Float16>, store_row<BFloat16>, store_row<Float8>},
+      {qk_tile<Float32>, qk_tile<Float16>, qk_tile<BFloat16>, qk_tile<Float8>},
+      softmax_tile,
+      {weigh_v_tile<Float32>, weigh_v_tile<Float16>, weigh_v_tile<BFloat16>, weigh_v_tile<Float8>}};
 }
 
 }  // namespace

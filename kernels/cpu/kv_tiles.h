@@ -7,10 +7,10 @@ namespace fi::cpu {
 
 struct KvTile {
   int32_t begin;
-  int32_t end;       // begin == end: no tile left
-  bool in_band;      // every row sees every column, as far as the band goes
-  const void** k;    // [end - begin rounded up to kColPad]
-  const void** v;    // [end - begin]
+  int32_t end;     // begin == end: no tile left
+  bool in_band;    // every row sees every column, as far as the band goes
+  const void** k;  // [end - begin rounded up to kColPad]
+  const void** v;  // [end - begin]
   int32_t size() const { return end - begin; }
 };
 
@@ -37,7 +37,7 @@ class KvTiles {
   const WorkItem& item_;
   const VariantBox rows_;
   Scratch* scratch_;
-  int32_t cols_;     // width of a tile
+  int32_t cols_;  // width of a tile
   int32_t position_;
   int half_ = 0;
 };

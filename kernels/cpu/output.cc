@@ -35,8 +35,8 @@ void visit_partials(const Job& job, const UnitId& id, const MergeUnit& unit, int
     const PlannedNode& node = plan.nodes[plan.links[l].node];
     const int32_t node_rows = job.tile_class(node.tile_class).rows;
     const int32_t node_row = plan.links[l].row_offset + packed_row;
-    const NodeTile& tile = plan.node_tiles[node.tile_base + id.kv_head * node.num_tiles +
-                                           node_row / node_rows];
+    const NodeTile& tile =
+        plan.node_tiles[node.tile_base + id.kv_head * node.num_tiles + node_row / node_rows];
     visit_splits(tile.partial_row + node_row % node_rows, tile.num_splits, tile.num_rows);
   }
   visit_splits(unit.partial_row + row, unit.num_splits, unit.num_rows);

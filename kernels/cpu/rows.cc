@@ -21,8 +21,12 @@ void fill_rows(const Job& job, const RequestRows& run, VariantRow* rows) {
   for (int32_t r = 0; r < run.num_rows; ++r) {
     const int32_t x = run.row_begin + r;
     const int32_t token = x / job.group;
-    rows[r] = {run.q_pos_begin + token, run.qo_begin + token,
-               run.kv_head * job.group + x % job.group, run.request, run.q_len, run.kv_len};
+    rows[r] = {run.q_pos_begin + token,
+               run.qo_begin + token,
+               run.kv_head * job.group + x % job.group,
+               run.request,
+               run.q_len,
+               run.kv_len};
   }
 }
 
@@ -53,8 +57,8 @@ void load_q(const Job& job, const WorkItem& item, Scratch* scratch) {
 
 VariantBox bound_rows(const VariantRow* rows, int32_t num_rows) {
   const VariantRow& first = rows[0];
-  VariantBox box{first.q_pos,  first.q_pos,  0,          0,           first.q_len, first.q_len,
-                 first.kv_len, first.kv_len, first.q_head, first.q_head};
+  VariantBox box{first.q_pos,  first.q_pos,  0,           0, first.q_len, first.q_len, first.kv_len,
+                 first.kv_len, first.q_head, first.q_head};
   for (int32_t r = 1; r < num_rows; ++r) {
     const VariantRow& row = rows[r];
     box.q_pos_min = std::min(box.q_pos_min, row.q_pos);

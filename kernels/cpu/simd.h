@@ -1,7 +1,7 @@
 // Vectors of the widest registers that the including file is compiled for: 4, 8 or 16 floats.
 //
-// Included by isa_v2.cc, isa_v3.cc and isa_v4.cc, each built with its own -march. Everything sits in
-// an unnamed namespace and no std:: function is called: the linker keeps one copy of an inline
+// Included by isa_v2.cc, isa_v3.cc and isa_v4.cc, each built with its own -march. Everything sits
+// in an unnamed namespace and no std:: function is called: the linker keeps one copy of an inline
 // function with external linkage, and the AVX-512 copy would crash an older CPU.
 #pragma once
 
@@ -25,8 +25,8 @@ using Vec [[gnu::vector_size(kWidth * 4)]] = float;
 using IntVec [[gnu::vector_size(kWidth * 4)]] = int32_t;
 using UintVec [[gnu::vector_size(kWidth * 4)]] = uint32_t;
 
-// e4m3 as fp16 bits of the value / 256: the exponents differ by 8 in their bias, and subnormals stay
-// subnormals. `bytes`: sign-extended to 16 bits. 0x7f and 0xff become NaN.
+// e4m3 as fp16 bits of the value / 256: the exponents differ by 8 in their bias, and subnormals
+// stay subnormals. `bytes`: sign-extended to 16 bits. 0x7f and 0xff become NaN.
 template <class Bits>
 [[gnu::always_inline]] inline Bits fp8_to_fp16(Bits bytes) {
   using Words [[gnu::vector_size(sizeof(Bits))]] = int16_t;
@@ -42,10 +42,12 @@ constexpr bool kHasFp16 = true;
 // GCC 12 warns of its own undefined operand in the unmasked forms; the code is the same.
 constexpr __mmask16 kAllLanes = 0xffff;
 [[gnu::always_inline]] inline UintVec widen_u16(const void* p) {
-  return (UintVec)_mm512_maskz_cvtepu16_epi32(kAllLanes, _mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  return (UintVec)_mm512_maskz_cvtepu16_epi32(kAllLanes,
+                                              _mm256_loadu_si256(static_cast<const __m256i*>(p)));
 }
 [[gnu::always_inline]] inline UintVec widen_u8(const void* p) {
-  return (UintVec)_mm512_maskz_cvtepu8_epi32(kAllLanes, _mm_loadu_si128(static_cast<const __m128i*>(p)));
+  return (UintVec)_mm512_maskz_cvtepu8_epi32(kAllLanes,
+                                             _mm_loadu_si128(static_cast<const __m128i*>(p)));
 }
 [[gnu::always_inline]] inline void narrow_u16(UintVec v, void* p) {
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(kAllLanes, (__m512i)v));
@@ -90,8 +92,7 @@ constexpr bool kHasFp16 = true;
   return (Vec)_mm256_cvtph_ps(fp8_to_fp16(_mm_cvtepi8_epi16(bytes))) * 256.0f;
 }
 [[gnu::always_inline]] inline void store_fp16(Vec v, void* p) {
-  _mm_storeu_si128(static_cast<__m128i*>(p),
-                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
 constexpr bool kHasFp16 = false;

@@ -42,9 +42,9 @@ class ThreadPool {
   std::mutex turn_;  // held by the thread whose job is running
   std::mutex mutex_;
   std::condition_variable job_ready_, job_done_;
-  uint64_t job_ = 0;          // counts jobs; a worker runs each once
-  int job_threads_ = 0;       // workers [1, job_threads_) take part
-  int running_ = 0;           // workers that have not finished
+  uint64_t job_ = 0;     // counts jobs; a worker runs each once
+  int job_threads_ = 0;  // workers [1, job_threads_) take part
+  int running_ = 0;      // workers that have not finished
   const Body* body_ = nullptr;
   int num_workers_ = 0;
   std::vector<Scratch> scratch_;  // [0]: the caller's

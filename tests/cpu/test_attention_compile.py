@@ -18,22 +18,25 @@ def test_attention_is_one_graph() -> None:
     problem, other = make_problem(CASE), make_problem(CASE, seed=1)
     layer = make_layer(CASE, problem)
     layer.plan(problem.batch)
-    slot, kv = layer.slot, problem.kv
+    slot = layer.slot
 
-    def model(q: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    def model(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, ...]:
+        kv = fi.KvCacheView.nhd(k, v)
         first = fi.attention(slot, q + 1, kv, params={"sinks": sinks}) * 2
         out = torch.zeros_like(q)
         fi.attention(slot, q, kv, out=out, lse=lse, params={"sinks": sinks})
         return first, out + 1
 
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for step in (problem, other):
+    for step, stance in ((problem, "default"), (other, "fail_on_recompile")):
         layer.plan(step.batch)
-        sinks = step.params["sinks"]
         lses = torch.empty(2, 4, 4)
-        expected, actual = model(step.q, lses[0], sinks), compiled(step.q, lses[1], sinks)
-        assert torch.equal(expected[0], actual[0]) and torch.equal(expected[1], actual[1])
-        assert torch.equal(lses[0], lses[1])
+        tensors = (step.q, step.kv.k, step.kv.v)
+        expected = model(*tensors, lses[0], step.params["sinks"])
+        with torch.compiler.set_stance(stance):
+            actual = compiled(*tensors, lses[1], step.params["sinks"])
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        assert torch.equal(lses[0], lses[1]) and lses.isfinite().all()
 
 
 def test_graphs_follow_their_slot() -> None:
@@ -80,12 +83,10 @@ def test_schemas_tell_the_truth(name: str) -> None:
     layer = make_layer(Case("opcheck", ()), problem)
     layer.plan(problem.batch)
     kv = problem.kv
-    options = dict.fromkeys(("q_scale", "k_scale", "v_scale"))
     calls = {
         "attention": (
             (fi.slot_registry.handle_of(layer.slot), problem.q, kv.k, kv.v, torch.zeros(2, 4, 64)),
-            options
-            | {"lse": torch.zeros(2, 4), "scale": 1.0, "partial": False}
+            {"lse": torch.zeros(2, 4), "scale": 1.0, "scales": [None] * 3, "partial": False}
             | {"tensors": [], "names": [], "numbers": []},
         ),
         "append_kv": (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import STALE, Case, make_problem
-from running import compare, make_layer, run
+from running import Result, compare, make_layer, run
 from torch import Tensor
 
 import fi_backend as fi
@@ -51,7 +51,8 @@ class Bad:
 BAD = [
     Bad(r"q: expected float32 \[tokens, 4, 64\] on cpu.*, got float64 \[3, 4, 64\]",
         {"q": q_like(3, 4, 64, dtype=torch.float64)}),
-    Bad(r"q: expected float32 \[tokens, 4, 64\].*, got float32 \[3, 2, 64\]", {"q": q_like(3, 2, 64)}),
+    Bad(r"q: expected float32 \[tokens, 4, 64\].*, got float32 \[3, 2, 64\]",
+        {"q": q_like(3, 2, 64)}),
     Bad(r"q: expected .*, got float32 \[3, 64\]", {"q": q_like(3, 64)}),
     Bad(r"q: expected .* stride 1 .*, got .* strides \[256, 1, 4\]",
         {"q": q_like(3, 64, 4).transpose(1, 2)}),
@@ -69,7 +70,7 @@ BAD = [
         {"out": q_like(2, 4, 64)}),
     Bad("out: expected float32 .*, got float16", {"out": q_like(3, 4, 64, dtype=torch.float16)}),
     Bad(r"lse: expected float32 \[3, 4\]", {"lse": q_like(3, 5)}),
-    Bad("lse: expected a contiguous tensor", {"lse": q_like(3, 8)[:, ::2]}),
+    Bad("lse: expected a contiguous tensor", {"lse": q_like(6, 4)[::2]}),
     Bad("lse: expected float32", {"lse": q_like(3, 4, dtype=torch.float64)}),
     Bad("q_scale: expected a contiguous float32 tensor of 1 or 2 elements on cpu, got float32 .3.",
         {"q_scale": torch.ones(3)}),
@@ -90,7 +91,9 @@ def test_refusals(bad: Bad) -> None:
 
 def test_unplanned_slot() -> None:
     layer, problem = fi.Attention(HEADS, torch.float32), make_problem(CASE)
-    with pytest.raises(fi.InvalidInput, match="slot: expected a plan, got none; call planner.plan"):
+    with pytest.raises(
+        fi.InvalidInput, match=r"slot: expected a plan, got none; call planner\.plan"
+    ):
         call(layer, problem)
 
 
@@ -100,8 +103,8 @@ def test_dead_slot() -> None:
     del layer
     gc.collect()
     kv, out = problem.kv, torch.empty_like(problem.q)
-    options: dict[str, Any] = dict.fromkeys(("lse", "q_scale", "k_scale", "v_scale"))
-    options |= {"scale": 1.0, "tensors": [], "names": [], "numbers": [], "partial": False}
+    options: dict[str, Any] = {"lse": None, "scale": 1.0, "scales": [None] * 3}
+    options |= {"tensors": [], "names": [], "numbers": [], "partial": False}
     with pytest.raises(fi.InvalidInput, match="slot: expected a slot of a living StepPlanner"):
         torch.ops.fi_backend.attention(handle, problem.q, kv.k, kv.v, out, **options)
 
@@ -125,6 +128,18 @@ def test_capacity_of_the_convenience_class() -> None:
     layer = fi.Attention(HEADS, torch.float32, capacity=fi.Capacity(1, 64, 64))
     with pytest.raises(fi.CapacityExceeded, match="batch: expected max_requests <= 1, got 2"):
         layer.plan(problem.batch)
+
+
+def test_without_a_capacity_the_planner_grows() -> None:
+    layer = fi.Attention(HEADS, torch.float32)
+    slots = []
+    for lengths in (((1, 5),), ((3, 70), (1, 2)), ((1, 60),), ((4, 65),)):
+        case = Case("growing", lengths)
+        problem = make_problem(case)
+        layer.plan(problem.batch)
+        slots.append(layer.slot)
+        compare(Result(layer(problem.q, problem.kv), None), problem)
+    assert slots[0] is not slots[1] and slots[1] is slots[2] is slots[3]
 
 
 def test_shapes_may_change_between_calls() -> None:
@@ -152,6 +167,15 @@ def test_each_plan_is_checked_against_the_cache() -> None:
         fi.PagedBatch(problem.batch.qo_indptr, problem.batch.kv_len, fi.PageTable.dense(table, 16))
     )
     with pytest.raises(fi.InvalidInput, match="got -1 at row 1, page 0"):
+        call(layer, problem)
+
+
+def test_a_batch_whose_tensors_changed_in_place_is_checked_again() -> None:
+    layer, problem = planned()
+    call(layer, problem)
+    problem.batch.page_table.entries[1, 0] = 10**6
+    layer.plan(problem.batch)
+    with pytest.raises(fi.InvalidInput, match="got 1000000 at row 1, page 0"):
         call(layer, problem)
 
 

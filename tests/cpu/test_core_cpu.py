@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from core_attention import ISAS, CoreCase, CoreRun, assert_close
+from core_attention import ISAS, STALE, CoreCase, CoreRun, assert_close
 
 from fi_backend import _core, plan_records
 
@@ -137,22 +137,58 @@ def test_every_value_of_a_narrow_cache_is_read_exactly(dtype: torch.dtype, isa: 
     assert torch.equal(out.flatten().nan_to_num(nan=0.0), want.nan_to_num(nan=0.0))
 
 
-def test_cut_by_hand_equals_uncut() -> None:
-    case = CoreCase("one", ((1, 200),), heads=(4, 1, 64, 64), num_ctas=3)
+def set_items(run: CoreRun, ranges: list[tuple[int, int]], hole: tuple[int, int]) -> None:
+    """Replace the plan of a one-tile request by one item per CTA, a KV range each."""
+    arrays = plan_records.plan_arrays(run.plan.numpy(), run.layout)
+    items, count = np.repeat(arrays["items"][:1], len(ranges)), len(ranges)
+    items["kv_begin"], items["kv_end"] = zip(*ranges, strict=True)
+    items["hole_begin"], items["hole_end"] = hole
+    rows = int(items["num_rows"][0])
+    items["partial_row"] = np.arange(count) * rows
+    unit = np.array([count, 0, count, rows], np.int32)  # expected, partial_row, splits, rows
+    layout, memory = run.layout, run.plan.numpy()
+    for offset, array in (
+        (layout.items, items),
+        (layout.cta_ptr, np.arange(count + 1, dtype=np.int32)),
+        (layout.units, unit),
+    ):
+        memory[offset:][: array.nbytes] = array.view(np.uint8)
+
+
+def test_cuts_and_hole_by_hand_equal_the_whole() -> None:
+    # One query at 199 sees [0, 24) and [100, 200); the pages inside the hole are not there.
+    case = CoreCase("hand", ((1, 200),), heads=(4, 1, 64, 64), num_ctas=3, band=(99, 0, 24))
     run = CoreRun(case)
-    records = plan_records.plan_arrays(run.plan.numpy(), run.layout)
-    whole = records["items"][0].copy()
-    whole["kv_begin"], whole["kv_end"], whole["unit"] = 0, 200, 0
-    items = np.repeat(whole, 3)
-    items["kv_begin"], items["kv_end"] = (0, 7, 100), (7, 100, 200)
-    items["partial_row"] = (0, 4, 8)
-    base = run.plan.numpy()
-    base[run.layout.items :][: items.nbytes] = items.view(np.uint8)
-    base[run.layout.cta_ptr :][:16] = np.array([0, 1, 2, 3], np.int32).view(np.uint8)
-    unit = np.array([3, 0, 3, 4], np.int32)  # expected, partial_row, num_splits, num_rows
-    base[run.layout.units :][:16] = unit.view(np.uint8)
+    set_items(run, [(0, 7), (7, 110), (110, 200)], hole=(24, 100))
+    run.entries[0, 2:6] = STALE
     for threads in (1, 3):
         assert_close(run.run(threads), run.expected())
+
+
+def test_weights_are_exponentials_to_a_few_ulp(isa: str) -> None:
+    # Logits x and 0, values 1 and 0: the output is e^x / (e^x + 1), and 0 below -87.3.
+    run = CoreRun(CoreCase("exp", ((4096, 2),), heads=(1, 1, 8, 8), band=(-1, -1, 0)))
+    x = -100 * torch.rand(4096, generator=torch.Generator().manual_seed(1))
+    run.params.scale = 1.0
+    run.q.zero_()
+    run.q[:, 0, 0] = x
+    for cache in (run.k, run.v):
+        tokens = cache[run.pages[0][0], :2, 0]
+        tokens.zero_()
+        tokens[0, 0] = 1
+    got = run.run()[0][:, 0, 0].double()
+    error = got / torch.sigmoid(x.double()) - 1
+    assert (error.abs()[x > -87.3] < 2.5e-7).all()
+    assert (got[x < -87.31] == 0).all()
+
+
+@pytest.mark.parametrize("q_len", [1, 30], ids=["few_rows", "many_rows"])
+def test_nan_of_an_earlier_call_is_gone(q_len: int, isa: str) -> None:
+    earlier = CoreRun(CoreCase("larger", ((64, 64),), heads=(1, 1, 256, 256)))
+    earlier.q.fill_(math.nan)
+    assert earlier.run(1)[0].isnan().all()
+    run = CoreRun(CoreCase("odd eighths", ((q_len, 60),), heads=(1, 1, 40, 72)))
+    assert_close(run.run(1), run.expected())
 
 
 def test_empty_batch_writes_nothing() -> None:

@@ -139,7 +139,11 @@ def test_empty_row_with_a_sink_has_the_sinks_lse() -> None:
 @pytest.mark.parametrize("q_len", [1, 40], ids=["few_rows", "many_rows"])
 def test_columns_hidden_from_all_rows_may_hold_nan(softmax: bool, q_len: int) -> None:
     run = CoreRun(CoreCase("hidden", ((q_len, 100),), band=(-1, -1, 0)))
-    clean, clean_lse = CoreRun(run.case), None
+    clean = CoreRun(run.case)
+    # Scratch memory holds NaN from an earlier, larger call.
+    earlier = CoreRun(CoreCase("nan", ((64, 64),), heads=(1, 1, 256, 256)))
+    earlier.q.fill_(math.nan)
+    assert earlier.run(1)[0].isnan().all()
 
     def hide_every_third(tile: CTile, logits: Tensor) -> None:
         kv_pos = tile.kv_begin + torch.arange(tile.num_cols)
@@ -152,8 +156,8 @@ def test_columns_hidden_from_all_rows_may_hold_nan(softmax: bool, q_len: int) ->
     mask = tile_callback(hide_every_third)
     for one in (run, clean):
         one.params.set_variant([(0, address(mask), 0, 0, [])], softmax, 0)
-    out, _ = run.run()
-    want, clean_lse = clean.run()
+    out, _ = run.run(1)
+    want, clean_lse = clean.run(1)
     assert torch.equal(out, want)
     assert clean_lse.isnan().all() != softmax
 
@@ -179,4 +183,5 @@ def test_mask_kind_skips_empty_tiles_and_the_mask_of_full_ones() -> None:
     logits[..., :64] = -math.inf
     o = torch.einsum("hqk,khd->qhd", logits.softmax(-1), v.double())
     assert_close(got, (o, torch.logsumexp(logits, -1).T))
-    assert masked_at == [64]
+    assert min(masked_at) == 64
+    assert max(masked_at) < 128
