@@ -1,8 +1,8 @@
 """Random-weight models of a few million parameters, made offline in seconds.
 
-They have the attention of their big relatives (grouped heads, windows, soft caps, sinks, ALiBi) with
-weights scaled so that attention logits and output logits are well spread: greedy tokens then depend
-on every part of the attention and are separated by far more than rounding.
+They have the attention of their big relatives (grouped heads, windows, soft caps, sinks, ALiBi),
+with weights scaled so that attention logits and output logits are well spread: greedy tokens then
+depend on every part of the attention and are separated by far more than rounding.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import os
 import shutil
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,19 @@ class TinyModel:
         config_class: configuration class of the transformers library.
         auto_class: class of the transformers library that makes the weights.
         settings: what the configuration gets.
+        norm_weights: mean weight of the norms whose name contains the key. Where input and output
+            embedding are one, the layers must outweigh the embedding in the residual stream, or
+            the model repeats its last token.
+        gains: factors for the matrices whose name contains the key. A second matrix after an
+            activation of one sign adds the same vector to every token, which must stay small.
     """
 
     name: str
     config_class: str
     auto_class: str
     settings: dict[str, Any]
+    norm_weights: Mapping[str, float] = field(default_factory=dict)
+    gains: Mapping[str, float] = field(default_factory=dict)
 
 
 def _decoder(**settings: Any) -> dict[str, Any]:
@@ -67,13 +74,48 @@ def _decoder(**settings: Any) -> dict[str, Any]:
     return common | settings
 
 
-_GEMMA = {"query_pre_attn_scalar": 64, "head_dim": 64, "num_attention_heads": 4}
+_GEMMA = {
+    "query_pre_attn_scalar": 64,
+    "head_dim": 64,
+    "num_attention_heads": 4,
+    "tie_word_embeddings": True,
+}
+_GEMMA_NORMS = {"post_attention_layernorm": 16.0, "post_feedforward_layernorm": 16.0}
 _ALTERNATING = ["sliding_attention", "full_attention"] * 2
 
 MODELS = {
     model.name: model
     for model in (
         TinyModel("llama", "LlamaConfig", "AutoModelForCausalLM", _decoder()),
+        TinyModel(
+            "demo",
+            "LlamaConfig",
+            "AutoModelForCausalLM",
+            _decoder(
+                hidden_size=512,
+                intermediate_size=1024,
+                num_hidden_layers=6,
+                num_attention_heads=16,
+                num_key_value_heads=4,
+                head_dim=64,
+            ),
+        ),
+        TinyModel("llama-head16", "LlamaConfig", "AutoModelForCausalLM", _decoder(head_dim=16)),
+        TinyModel(
+            "deepseek",
+            "DeepseekV3Config",
+            "AutoModelForCausalLM",
+            _decoder(
+                num_hidden_layers=2,
+                first_k_dense_replace=2,
+                num_key_value_heads=8,
+                q_lora_rank=None,
+                kv_lora_rank=64,
+                qk_nope_head_dim=32,
+                qk_rope_head_dim=16,
+                v_head_dim=32,
+            ),
+        ),
         TinyModel(
             "qwen3",
             "Qwen3Config",
@@ -89,8 +131,8 @@ MODELS = {
                 sliding_window=96,
                 attn_logit_softcapping=3.0,
                 layer_types=_ALTERNATING,
-                tie_word_embeddings=True,
             ),
+            _GEMMA_NORMS,
         ),
         TinyModel(
             "gemma3",
@@ -100,8 +142,8 @@ MODELS = {
                 **_GEMMA,
                 sliding_window=64,
                 layer_types=["sliding_attention"] * 3 + ["full_attention"],
-                tie_word_embeddings=True,
             ),
+            _GEMMA_NORMS,
         ),
         TinyModel(
             "gptoss",
@@ -121,15 +163,46 @@ MODELS = {
             "AutoModelForCausalLM",
             {
                 "vocab_size": VOCAB_SIZE,
-                "hidden_size": 256,
+                "hidden_size": 192,
                 "n_layer": 3,
                 "n_head": 6,
                 "bos_token_id": 0,
                 "eos_token_id": 0,
                 "pad_token_id": 0,
                 "tie_word_embeddings": True,
-            }
-            | {"hidden_size": 192},
+            },
+            norm_weights={"word_embeddings_layernorm": 0.1},
+            gains={"dense_4h_to_h": 0.5},
+        ),
+        TinyModel(
+            "gemma4",
+            "Gemma4TextConfig",
+            "AutoModelForCausalLM",
+            _decoder(
+                **_GEMMA | {"query_pre_attn_scalar": None},
+                num_hidden_layers=6,
+                num_kv_shared_layers=2,
+                sliding_window=64,
+                layer_types=_ALTERNATING + _ALTERNATING[:2],
+                hidden_size_per_layer_input=32,
+                vocab_size_per_layer_input=VOCAB_SIZE,
+                per_layer_config={},
+            ),
+            _GEMMA_NORMS,
+        ),
+        TinyModel(
+            "llama4",
+            "Llama4TextConfig",
+            "AutoModelForCausalLM",
+            _decoder(
+                num_local_experts=2,
+                num_experts_per_tok=1,
+                intermediate_size_mlp=512,
+                interleave_moe_layer_step=4,
+                attention_chunk_size=128,
+                attn_temperature_tuning=False,
+                rope_parameters={"rope_theta": 10000.0, "rope_type": "default"},
+            ),
         ),
         TinyModel(
             "bert",
@@ -178,7 +251,7 @@ def make(name: str, folder: Path, seed: int = 0) -> Path:
 
 
 def _save_weights(model: TinyModel, target: Path, seed: int) -> None:
-    import transformers  # seconds: only when a model is made
+    import transformers  # takes seconds: only when a model is made
 
     config = getattr(transformers, model.config_class)(**model.settings)
     torch.manual_seed(seed)
@@ -187,6 +260,12 @@ def _save_weights(model: TinyModel, target: Path, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             _spread(name, parameter, generator)
+            for part, weight in model.norm_weights.items():
+                if f"{part}.weight" in name:
+                    parameter.add_(weight - 1.0)
+            for part, gain in model.gains.items():
+                if f"{part}.weight" in name:
+                    parameter.mul_(gain)
     module.save_pretrained(target)
 
 
@@ -194,12 +273,12 @@ def _spread(name: str, parameter: torch.Tensor, generator: torch.Generator) -> N
     noise = torch.randn(parameter.shape, generator=generator)
     if name.endswith("sinks"):  # about as large as the larger logits, so that they matter
         parameter.copy_(noise + 2.0)
-    elif "norm" in name.lower() and not name.endswith("bias"):
+    elif ("norm" in name.lower() or "ln_f" in name) and not name.endswith("bias"):
         parameter.add_(0.1 * noise)  # around 1, or around 0 where the model adds 1
         if "q_norm" in name or "k_norm" in name:
             parameter.add_(GAIN - 1.0)
     elif parameter.ndim < 2:
-        parameter.copy_(0.1 * noise)
+        parameter.copy_(0.02 * noise)
     else:
         # Experts are [expert, in, out]; everything else is [out, in].
         fan_in = parameter.shape[-2] if parameter.ndim == 3 else parameter.shape[-1]
@@ -255,9 +334,6 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Return where demo, tests and benchmarks keep models: $FI_BACKEND_MODELS or a user cache."""
-    default = Path.home() / ".cache" / "fi_backend" / "models"
+    """Return where demo, tests and benchmarks keep models: $FI_BACKEND_MODELS or the checkout."""
+    default = Path(__file__).parents[2] / ".cache" / "models"
     return Path(os.environ.get("FI_BACKEND_MODELS", default))
-
-
-Maker = Callable[[str, Path], Path]

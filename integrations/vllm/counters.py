@@ -1,0 +1,44 @@
+"""What the adapter did in this process. Tests assert on it that vLLM really ran our attention."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+
+@dataclass
+class Stats:
+    """Counts since the process started or since ``reset_stats``.
+
+    Attributes:
+        steps: metadata builds, one per KV cache group and model step.
+        planned_requests: requests summed over builds.
+        planned_tokens: query tokens summed over builds.
+        forwards: attention layers run.
+        profiling_forwards: layers asked to run without a batch (memory profiling, warm-up).
+        appended_tokens: tokens written to KV caches, summed over layers.
+    """
+
+    steps: int = 0
+    planned_requests: int = 0
+    planned_tokens: int = 0
+    forwards: int = 0
+    profiling_forwards: int = 0
+    appended_tokens: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the counts by name."""
+        return asdict(self)
+
+
+counts = Stats()
+
+
+def stats() -> Stats:
+    """Return a copy of this process's counts."""
+    return Stats(**counts.as_dict())
+
+
+def reset_stats() -> None:
+    """Set all counts to zero."""
+    for field in fields(Stats):
+        setattr(counts, field.name, 0)
