@@ -30,7 +30,7 @@ def append_kv(
         kv: the cache; dtype of k, or float8_e4m3fn.
         slots: int64 [at most num_tokens] contiguous: page * page_size + offset, or -1 to skip.
         k_scale: float32, one value or one per KV head; a float8 cache stores k / k_scale, saturated
-            to +-448 and rounded to nearest even. Other caches ignore it. None means 1.
+            to +-448 and rounded to nearest even. None means 1, and is all that other caches take.
         v_scale: as k_scale.
 
     Raises:
@@ -75,6 +75,7 @@ def _append_kv_cpu(
     v_scale: Tensor | None,
 ) -> None:
     _check_append(k, v, cache_k, cache_v, slots)
+    _check_cache_scales(cache_k.dtype, k_scale, v_scale)
     params = _core.AppendParams()
     params.k, params.v, params.slots = k.data_ptr(), v.data_ptr(), slots.data_ptr()
     params.dtype = DTYPE_CODES[k.dtype]
@@ -92,6 +93,17 @@ def _append_kv_cpu(
     params.k_scale = bind_scale("k_scale", k_scale, heads)
     params.v_scale = bind_scale("v_scale", v_scale, heads)
     _core.append_kv(params, torch.get_num_threads())
+
+
+def _check_cache_scales(dtype: torch.dtype, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        require(
+            scale is None or dtype == torch.float8_e4m3fn,
+            name,
+            f"None for a cache of {dtype}",
+            "a scale",
+            "only float8_e4m3fn caches hold scaled values",
+        )
 
 
 def _check_append(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, slots: Tensor) -> None:

@@ -11,8 +11,8 @@
 namespace fi::cpu {
 namespace {
 
-// Planned cost that is worth one more thread: about 15 us, twice what waking one takes.
-constexpr int64_t kCostPerThread = 8000;
+// Planned cost (10 ns) that is worth one more thread: 20 us, about twice what waking one takes.
+constexpr int64_t kCostPerThread = 2000;
 
 TileOperands item_operands(const Job& job, const WorkItem& item, const Scratch& s) {
   TileOperands t{};

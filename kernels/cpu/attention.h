@@ -59,7 +59,8 @@ struct AppendParams {
   const int64_t* slots;  // [num_tokens]: page * page_size + offset; negative: skip the token
   int64_t num_tokens;
   HeadShape heads;
-  KvCacheView kv;  // fp8 cache: stored = value / scale, saturated to +-448, round to nearest even
+  KvCacheView
+      kv;  // fp8 cache only: stored = value / scale, saturated to +-448, round to nearest even
   Scale k_scale, v_scale;
 };
 void append_kv(const AppendParams& params, int num_threads);

@@ -59,12 +59,6 @@ def test_float8_stores_values_over_their_scale() -> None:
     assert kv.v[0, 0, :, 0].float().tolist() == [2.0, 2.0]
 
 
-def test_other_caches_ignore_scales() -> None:
-    kv, k = pool("nhd", torch.float32, 8), torch.full((1, 2, 8), 6.0)
-    fi.append_kv(k, k, kv, torch.tensor([0]), k_scale=torch.tensor(2.0))
-    assert (kv.k[0, 0] == 6.0).all()
-
-
 def test_appending_a_step_then_attending() -> None:
     """Some requests read pages that the same step writes."""
     case = Case("append", ((20, 60), (1, 33), (5, 5)))
@@ -175,11 +169,15 @@ BAD = [
     ),
     Bad(
         "k_scale: expected a contiguous float32 tensor of 1 or 2",
-        lambda: append(k_scale=torch.ones(3)),
+        lambda: append(kv=pool("nhd", FP8), k_scale=torch.ones(3)),
     ),
     Bad(
         "v_scale: expected a contiguous float32 tensor of 1 or 2",
-        lambda: append(v_scale=torch.ones(2).half()),
+        lambda: append(kv=pool("nhd", FP8), v_scale=torch.ones(2).half()),
+    ),
+    Bad(
+        "v_scale: expected None for a cache of torch.float32",
+        lambda: append(v_scale=torch.ones(1)),
     ),
     Bad(
         r"o: expected contiguous float32 \[states, tokens, heads, dim\]",

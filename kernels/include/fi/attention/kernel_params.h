@@ -1,0 +1,39 @@
+// Arguments of an attention kernel on the GPU, passed as one __grid_constant__.
+#pragma once
+
+#include "fi/attention/kv_cache.h"
+#include "fi/attention/page_table.h"
+#include "fi/plan/layout.h"
+
+namespace fi {
+
+// A scale in memory: null = 1, one value, or one per KV head.
+struct DeviceScale {
+  const float* data;
+  int32_t per_head;
+};
+
+struct KernelParams {
+  const void* q;  // [num_qo_tokens, num_qo_heads, head_dim_qk], head dimension contiguous
+  void* out;      // [num_qo_tokens, num_qo_heads, head_dim_vo]
+  float* lse;     // [num_qo_tokens, num_qo_heads] natural log; null: not wanted
+  int64_t q_stride_token, q_stride_head, out_stride_token, out_stride_head;  // elements
+  KvCacheView kv;
+  PageTableView table;
+  int32_t num_qo_heads, num_kv_heads;
+  Band band;
+  float scale;  // logits = scale * q_scale * k_scale * (q . k)
+  DeviceScale q_scale, k_scale, v_scale;
+  const float* sinks;  // [num_qo_heads] natural logits; null: none
+  const void* plan;
+  PlanLayout layout;
+  float* partial_o;    // [max_partial_rows][head_dim_vo]
+  float* partial_lse;  // [max_partial_rows], log2 inside the kernels
+  int32_t* arrivals;   // [max_units], zero between launches
+};
+
+__device__ inline float scale_of(const DeviceScale& s, int32_t kv_head) {
+  return s.data ? s.data[s.per_head ? kv_head : 0] : 1.0f;
+}
+
+}  // namespace fi

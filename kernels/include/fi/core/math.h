@@ -1,0 +1,26 @@
+// fp32 math in base 2. Units: a name ends in _log2 when the quantity is a base-2 logarithm.
+#pragma once
+
+#include "fi/core/types.h"
+
+namespace fi {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+__device__ inline float neg_infinity() { return __int_as_float(0xff800000); }
+
+// ex2.approx: 2 ulp, 2^-inf = 0. PTX ISA 9.7.3.22.
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace fi

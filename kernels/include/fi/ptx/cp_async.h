@@ -1,0 +1,27 @@
+// Ampere's asynchronous copies, global to shared memory. PTX ISA 9.7.9.25.3.
+#pragma once
+
+#include "fi/core/types.h"
+
+namespace fi::ptx {
+
+// 16 bytes past L1; writes zeros and reads nothing when !valid.
+__device__ inline void cp_async_16(uint32_t smem, const void* gmem, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(smem), "l"(gmem),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+
+// Waits until at most `kPending` of this thread's newest groups are in flight.
+template <int kPending>
+__device__ inline void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+}  // namespace fi::ptx
