@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 @dataclass(frozen=True)
 class Row:
     """One implementation on one workload. Times in µs per call; error_ratio is the largest error
-    over that of plain torch in the same dtype (docs/numerics: 2 is the limit)."""
+    over that of plain torch in the same dtype (2 is the limit)."""
 
     workload: str
     impl: str

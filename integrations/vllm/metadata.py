@@ -109,7 +109,7 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         """Plan one step.
 
         Args:
-            common_prefix_len: not used; shared prefixes are found in the page table.
+            common_prefix_len: not used; vLLM passes 0.
             common_attn_metadata: the step, in vLLM's words.
             fast_build: not used; planning costs the same either way.
         """
