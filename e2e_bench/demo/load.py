@@ -86,7 +86,9 @@ def figures(waves: Sequence[Sequence[Stream]]) -> Figures:
         max(s.arrivals_s[-1] for s in wave) - min(s.sent_s for s in wave) for wave in waves
     )
     first_ms = [1e3 * (s.arrivals_s[0] - s.sent_s) for s in streams]
-    gap_ms = [1e3 * (s.arrivals_s[-1] - s.arrivals_s[0]) / (len(s.tokens) - 1) for s in streams]
+    gap_ms = [
+        1e3 * (s.arrivals_s[-1] - s.arrivals_s[0]) / max(len(s.tokens) - 1, 1) for s in streams
+    ]
     return Figures(
         tokens_per_s=sum(len(s.tokens) for s in streams) / wall_s,
         ttft_ms=statistics.median(first_ms),

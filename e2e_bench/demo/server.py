@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 CACHE = Path(__file__).parents[2] / ".cache"
 MODEL_NAME = "tiny"

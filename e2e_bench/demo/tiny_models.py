@@ -253,6 +253,7 @@ def make(name: str, folder: Path, seed: int = 0) -> Path:
 def _save_weights(model: TinyModel, target: Path, seed: int) -> None:
     import transformers  # takes seconds: only when a model is made
 
+    transformers.utils.logging.disable_progress_bar()
     config = getattr(transformers, model.config_class)(**model.settings)
     torch.manual_seed(seed)
     module = getattr(transformers, model.auto_class).from_config(config, dtype=torch.float32)
@@ -309,7 +310,7 @@ def _tokenizer(folder: Path, version: str) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_corpus(), trainer)
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,

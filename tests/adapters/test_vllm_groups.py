@@ -30,7 +30,7 @@ from vllm_layers import (
 )
 
 from fi_backend import Band
-from fi_backend.integrations.vllm import reset_stats, stats, threads
+from fi_backend.integrations.vllm import metadata, reset_stats, stats, threads
 from fi_backend.integrations.vllm.backend import FiBackend
 
 PAGE = 16
@@ -90,13 +90,13 @@ def test_cross_attention_reads_the_encoders_tokens() -> None:
     step.common.seq_lens_cpu_upper_bound = torch.tensor([90, 33])  # the decoder's own lengths
     cache = torch.full((12, 2, PAGE, 64), NAN)
     run = run_layer(holder, make_builder([holder], PAGE), step, cache)
-    metadata = builder.build(0, step.common)
+    decode = builder.build(0, step.common)
     out = torch.full_like(run.out, NAN)
     none = torch.empty(0, 2, 32)
-    holder.impl.forward(holder, run.q, none, none, cache, metadata, out)
+    holder.impl.forward(holder, run.q, none, none, cache, decode, out)
     expected = reference(run, spec, step, causal=False)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-5)
-    assert metadata.slot_mapping.numel() == 0, "the encoder's keys were written earlier"
+    assert decode.slot_mapping.numel() == 0, "the encoder's keys were written earlier"
 
 
 def test_chunked_local_attention_cuts_requests_at_multiples_of_the_chunk() -> None:
@@ -120,6 +120,21 @@ def test_chunked_local_attention_cuts_requests_at_multiples_of_the_chunk() -> No
             logits = torch.einsum("hd,khd->hk", run.q[token].double(), k) * spec.scale
             expected.append(torch.einsum("hk,khd->hd", logits.softmax(-1), v))
     torch.testing.assert_close(run.out.double(), torch.stack(expected), rtol=0, atol=2e-5)
+
+
+def test_batch_invariance_keeps_a_requests_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    monkeypatch.setattr(metadata, "INVARIANT_CHUNK", 128)
+    holder = vllm_layer(Layer())
+    builder = make_builder([holder])
+    lengths = [(1, 500), (40, 300), (1, 77)]
+    step, cache = make_step(lengths), torch.full((70, 2, PAGE, 64), NAN)
+    together = run_layer(holder, builder, step, cache)
+    alone = builder.build(0, step.common.unpadded(num_actual_tokens=1, num_actual_reqs=1))
+    q, out = together.q[:1], torch.empty(1, 4, 32)
+    none = torch.empty(0, 2, 32)
+    holder.impl.forward(holder, q, none, none, cache, alone, out)
+    assert torch.equal(out, together.out[:1])
 
 
 def test_more_requests_than_the_engine_allows_are_refused() -> None:
