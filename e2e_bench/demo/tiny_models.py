@@ -253,7 +253,7 @@ def make(name: str, folder: Path, seed: int = 0) -> Path:
 def _save_weights(model: TinyModel, target: Path, seed: int) -> None:
     import transformers  # takes seconds: only when a model is made
 
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = getattr(transformers, model.config_class)(**model.settings)
     torch.manual_seed(seed)
     module = getattr(transformers, model.auto_class).from_config(config, dtype=torch.float32)
