@@ -28,8 +28,11 @@ struct StepLengths {
 };
 
 // Shared prefixes, ascending by (level, KV start). Node n covers KV [kv_begin[n], kv_end[n]) of
-// table row table_row[n] for the requests members[member_ptr[n], member_ptr[n + 1]). A request's
-// own part starts at own_begin[r] (null: 0).
+// table row table_row[n] for the requests members[member_ptr[n], member_ptr[n + 1]).
+//   own_begin null: a prefix forest. A node is accepted if it fits the capacity and starts where
+//   its
+//     members' accepted nodes end; a request's own part starts where its last accepted node ends.
+//   own_begin given: independent matrices. A request's own part starts at own_begin[r].
 struct Nodes {
   int32_t num_nodes;
   const int32_t* table_row;
