@@ -4,6 +4,8 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 STEP := .ci/step
+# Where test-gpu leaves tests-<gpu>.json, which is committed.
+EVIDENCE ?= e2e_bench/results
 CXX_FILES = $(shell find kernels -name '*.h' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
 
 .NOTPARALLEL:
@@ -27,9 +29,13 @@ lint: env ## ruff, mypy --strict, clang-format
 	@$(STEP) "mypy --strict" $(BIN)/mypy -p fi_backend
 	@$(STEP) "clang-format" $(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
-test-gpu: env core ## tests/cuda, on a machine with an NVIDIA GPU
+# With a BIN of your own (make test-gpu BIN=/opt/torch/bin) nothing is installed or built.
+test-gpu: $(if $(filter $(VENV)/bin,$(BIN)),env core) ## tests/cuda and compute-sanitizer, on a machine with an NVIDIA GPU
 	@$(BIN)/python -m fi_backend doctor --require gpu
-	@$(BIN)/python -m pytest tests/cuda
+	@echo "==> tests of the GPU path"
+	@FI_EVIDENCE=$(EVIDENCE) $(BIN)/python -m pytest tests/cuda
+	@echo "==> the kernels under compute-sanitizer"
+	@$(BIN)/python tests/sanitize.py --evidence $(EVIDENCE)
 
 env: ## the virtual environment of requirements/, made once per change of the locks
 	@.ci/env $(PYTHON) $(VENV)

@@ -3,24 +3,116 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from e2e_bench import cpu
+from e2e_bench.report import RESULTS, gpu_name, gpu_slug
+from e2e_bench.tables import IMPLS
 
-RESULTS = Path(__file__).parent / "results"
 
-
-def main() -> None:
-    """Run the benchmark that the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m e2e_bench")
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    top = argparse.ArgumentParser(prog="python -m e2e_bench")
+    commands = top.add_subparsers(dest="command", required=True)
     one = commands.add_parser("cpu", help="the CPU kernels beside vLLM's CPU_ATTN and torch SDPA")
     one.add_argument("--out", type=Path, default=RESULTS / "cpu.json", help="where the JSON goes")
     one.add_argument("--repeats", type=int, default=15, help="timed runs of each implementation")
     one.add_argument("--only", default="", help="run workloads whose name contains this")
-    args = parser.parse_args()
-    cpu.run(args.out, args.repeats, args.only)
+    one = commands.add_parser("kernels", help="attention on a GPU, FA3 and FlashInfer beside us")
+    _gpu_options(one, "kernels")
+    one.add_argument(
+        "--only", type=_words, default=(), help="words, by comma: workloads whose name has one"
+    )
+    one.add_argument(
+        "--impls",
+        type=_impls,
+        default=(),
+        help="beginnings of names, by comma, such as fi_backend,fa3,flashinfer_fa2; default: all",
+    )
+    one.add_argument(
+        "--fa3", type=Path, help="FA3's library; default: FI_FA3, or as gpu_host packs"
+    )
+    one = commands.add_parser("plan", help="planning a step, FA3's scheduler beside us")
+    _gpu_options(one, "plan")
+    one.add_argument("--fa3", type=Path, help="as for kernels")
+    one = commands.add_parser("jit", help="compiling and launching; partly without a GPU")
+    _gpu_options(one, "jit")
+    one.add_argument("--arch", default="sm_90a", help="to compile for without a GPU")
+    commands.add_parser("report", help="draw pictures, print tables, rewrite docs/benchmarks.md")
+    commands.add_parser("evidence", help="which committed results are stale")
+    return top
+
+
+def _gpu_options(command: argparse.ArgumentParser, name: str) -> None:
+    command.add_argument(
+        "--out",
+        type=Path,
+        help=f"where the JSON goes; default of a whole run: e2e_bench/results/{name}-<gpu>.json",
+    )
+    command.add_argument("--quick", action="store_true", help="fewer repeats, for a first look")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text.split(",") if word)
+
+
+def _impls(text: str) -> tuple[str, ...]:
+    for word in _words(text):
+        if not any(name.startswith(word) for name in IMPLS):
+            rule = f"expected beginnings of {', '.join(IMPLS)}"
+            raise argparse.ArgumentTypeError(f"{rule}, got {word!r}")
+    return _words(text)
+
+
+def _default_out(name: str) -> Path:
+    return RESULTS / f"{name}-{gpu_slug(gpu_name())}.json"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what the command line names; return the exit status."""
+    args = parser().parse_args(argv)
+    # Each command imports what it needs: no GPU library for the CPU's figures, no plot for a run.
+    if args.command == "cpu":
+        from e2e_bench import cpu
+
+        cpu.run(args.out, args.repeats, args.only)
+        return 0
+    if args.command == "report":
+        from e2e_bench import documents
+
+        return documents.run()
+    if args.command == "evidence":
+        from e2e_bench import evidence
+
+        print(evidence.summary(evidence.gather()))
+        return 0
+    return _run_on_gpu(args)
+
+
+def _run_on_gpu(args: argparse.Namespace) -> int:
+    import torch
+
+    if not torch.cuda.is_available() and args.command != "jit":
+        print(f"{args.command}: expected a CUDA device, got none", file=sys.stderr)
+        return 2
+    partial = args.quick or (args.command == "kernels" and (args.only or args.impls))
+    out = args.out
+    if out is None and not partial and torch.cuda.is_available():
+        out = _default_out(args.command)
+    if out is None:
+        print("no JSON is written: not a whole run on a GPU; --out names a file")
+    if args.command == "plan":
+        from e2e_bench import plan
+
+        return plan.run(out, args.fa3, args.quick)
+    if args.command == "jit":
+        from e2e_bench import jit
+
+        return jit.run(out, args.arch, args.quick)
+    from e2e_bench import kernels
+
+    return kernels.run(kernels.Options(out, args.only, args.impls, args.quick, args.fa3))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

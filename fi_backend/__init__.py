@@ -28,6 +28,7 @@ else:
     from fi_backend.errors import (
         CapacityExceeded,
         CompileFailed,
+        DeviceError,
         FiError,
         InvalidInput,
         Unsupported,
@@ -46,10 +47,12 @@ else:
     )
     from fi_backend.layers import Capacity, LayerClass
     from fi_backend.ops import append_kv, merge_states
-    from fi_backend.planner import PlanSlot, StepPlanner, workspace_bytes
+    from fi_backend.plan_status import PlanStatus
+    from fi_backend.planner import PlanSlot, StepPlanner, workspace_bytes, workspace_size
     from fi_backend.ragged import ragged
     from fi_backend.variants import Variant
     from fi_backend.why_not import AttentionConfig, why_not
+    from fi_backend.workspace import Workspace, WorkspaceSize
 
 __all__ = [
     "CAUSAL",
@@ -61,6 +64,7 @@ __all__ = [
     "Capacity",
     "CapacityExceeded",
     "CompileFailed",
+    "DeviceError",
     "FiError",
     "HeadShape",
     "InvalidInput",
@@ -70,10 +74,13 @@ __all__ = [
     "PageTable",
     "PagedBatch",
     "PlanSlot",
+    "PlanStatus",
     "StepPlanner",
     "Unsupported",
     "UnsupportedVariant",
     "Variant",
+    "Workspace",
+    "WorkspaceSize",
     "active_isa",
     "append_kv",
     "attention",
@@ -86,4 +93,5 @@ __all__ = [
     "shared_prefix",
     "why_not",
     "workspace_bytes",
+    "workspace_size",
 ]

@@ -170,22 +170,6 @@ class AttentionParams:
         sinks: int,
     ) -> None: ...
 
-class AppendParams:
-    k: int
-    v: int
-    k_stride_token: int
-    k_stride_head: int
-    v_stride_token: int
-    v_stride_head: int
-    dtype: int
-    slots: int
-    num_tokens: int
-    heads: HeadShape
-    kv: KvCacheView
-    k_scale: Scale
-    v_scale: Scale
-    def __init__(self) -> None: ...
-
 class MergeParams:
     o: int
     lse: int
@@ -198,7 +182,6 @@ class MergeParams:
     def __init__(self) -> None: ...
 
 def run_attention(params: AttentionParams, num_threads: int) -> None: ...
-def append_kv(params: AppendParams, num_threads: int) -> None: ...
 def merge_states(params: MergeParams, num_threads: int) -> None: ...
 def active_isa() -> str: ...
 def force_isa(isa: str) -> bool: ...
@@ -206,3 +189,159 @@ def force_isa(isa: str) -> bool: ...
 # --- Variants (bindings/bind_variants.cc)
 
 def find_variant_function(key: str) -> tuple[int, int] | None: ...
+
+# --- Kernels on a GPU (bindings/bind_launch.cc); every function may raise errors.DeviceError
+
+class DeviceInfo:
+    @property
+    def name(self) -> str: ...
+    @property
+    def major(self) -> int: ...
+    @property
+    def minor(self) -> int: ...
+    @property
+    def num_sms(self) -> int: ...
+    @property
+    def max_shared_bytes(self) -> int: ...
+    @property
+    def max_shared_bytes_per_sm(self) -> int: ...
+
+class Kernel:
+    def __init__(
+        self, image: bytes, entry: str, device: int, dynamic_shared_bytes: int
+    ) -> None: ...
+    def ctas_per_sm(self, threads: int) -> int: ...
+    @property
+    def num_registers(self) -> int: ...
+    @property
+    def device(self) -> int: ...
+
+class KernelParams:
+    q: int
+    out: int
+    lse: int
+    q_stride_token: int
+    q_stride_head: int
+    out_stride_token: int
+    out_stride_head: int
+    kv: KvCacheView
+    table: PageTableView
+    page_shift: int
+    num_qo_heads: int
+    num_kv_heads: int
+    band: Band
+    scale: float
+    q_scale: Scale  # reading gives a copy: assign a whole Scale
+    k_scale: Scale
+    v_scale: Scale
+    sinks: int
+    out_is_float32: int
+    is_partial: int
+    plan: int
+    layout: PlanLayout
+    partial_o: int
+    partial_lse: int
+    arrivals: int
+    def __init__(self) -> None: ...
+    def set_variant_params(self, params: list[tuple[int, tuple[int, int, int], float]]) -> None: ...
+
+def device_info(device: int) -> DeviceInfo: ...
+def launch_attention(
+    kernel: Kernel, params: KernelParams, grid: int, threads: int, stream: int
+) -> None: ...
+
+# --- The sm80-class kernel's tiles (bindings/bind_sm80.cc)
+
+class KernelTiles:
+    @property
+    def classes(self) -> list[TileClass]: ...
+    @property
+    def stages(self) -> list[int]: ...
+    @property
+    def ctas_per_sm(self) -> int: ...
+
+def sm80_tiles(
+    head_dim_qk: int,
+    head_dim_vo: int,
+    kv_bytes: int,
+    group_size: int,
+    max_q_len: int,
+    max_requests: int,
+    max_shared_bytes_per_sm: int = 233472,
+) -> KernelTiles: ...
+def sm80_shared_bytes(
+    head_dim_qk: int, head_dim_vo: int, kv_bytes: int, tiles: list[tuple[int, int, int]]
+) -> int: ...
+
+# --- Planner kernel (bindings/bind_plan_kernel.cc)
+
+class PlanKernelParams:
+    qo_indptr: int
+    kv_len: int
+    plan: int
+    status: int
+    scratch: int
+    num_requests: int
+    kv_len_is_int64: int
+    def __init__(self, config: PlanConfig, layout: PlanLayout) -> None: ...
+    @property
+    def max_requests(self) -> int: ...
+    @property
+    def max_row_tiles(self) -> int: ...
+    @property
+    def is_invariant(self) -> bool: ...
+    @property
+    def scratch_bytes(self) -> int: ...
+    def __bytes__(self) -> bytes: ...
+
+def launch_plan(
+    kernel: Kernel, params: PlanKernelParams, grid: int, threads: int, stream: int
+) -> None: ...
+
+# --- append_kv on both engines, merge_states on a GPU (bindings/bind_gpu_ops.cc)
+
+class TokenStrides:
+    def __init__(self, token: int, head: int) -> None: ...
+
+class RopeParams:
+    def __init__(
+        self,
+        rotary_dim: int,
+        is_interleaved: bool,
+        cos_sin_dtype: int,
+        cos_sin_stride: int,
+        num_positions: int,
+        positions_are_int64: bool,
+    ) -> None: ...
+
+class AppendParams:
+    k_stride: TokenStrides
+    v_stride: TokenStrides
+    q_stride: TokenStrides
+    q_out_stride: TokenStrides
+    num_tokens: int
+    num_kv_heads: int
+    num_qo_heads: int
+    head_dim_qk: int
+    head_dim_vo: int
+    kv: KvCacheView
+    k_scale_per_head: int
+    v_scale_per_head: int
+    rope: RopeParams
+    def __init__(self, dtype: int) -> None: ...
+
+# Addresses: k, v, cache_k, cache_v, slots, k_scale, v_scale, q, q_out, positions, cos_sin; 0: none.
+def append_kv(params: AppendParams, addresses: tuple[int, ...], num_threads: int) -> None: ...
+def launch_append(
+    kernel: Kernel, params: AppendParams, addresses: tuple[int, ...], stream: int
+) -> None: ...
+
+# Addresses: o, lse, out_o, out_lse.
+def launch_merge(
+    kernel: Kernel,
+    addresses: tuple[int, int, int, int],
+    num_states: int,
+    rows: int,
+    threads_per_row: int,
+    stream: int,
+) -> None: ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,22 +11,17 @@ from torch import Tensor
 from fi_backend.checks import used_capacity
 from fi_backend.custom_op import register_op
 from fi_backend.formats import CAUSAL, Band, HeadShape, KvCacheView, PagedBatch
-from fi_backend.launch import run_attention
+from fi_backend.host_batch import to_host
+from fi_backend.launch import ATTENTION_SCHEMA, run_attention
 from fi_backend.layers import Capacity, LayerClass
 from fi_backend.planner import StepPlanner
-from fi_backend.slot_registry import handle_of
 from fi_backend.variants import Variant
 
 if TYPE_CHECKING:
     from fi_backend.planner import PlanSlot
 
-register_op(
-    "attention(int slot, Tensor q, Tensor k, Tensor v, Tensor(a!) out, *, Tensor(b!)? lse,"
-    " float scale, Tensor?[] scales, Tensor[] tensors, str[] names, float[] numbers,"
-    " bool partial) -> ()",
-    run_attention,
-    lambda *_, **__: None,
-)
+register_op(ATTENTION_SCHEMA, run_attention, lambda *_: None, run_attention)
+_attention_op = torch.ops.fi_backend.attention.default
 
 
 def attention(
@@ -61,39 +56,67 @@ def attention(
             of exponentials, sink included; None: not wanted.
         scale: of the logits; None means 1 / sqrt(head_dim_qk).
         q_scale: float32, one value or one per KV head; None means 1. So are k_scale and v_scale.
-        params: values of the variant's open parameters.
+        params: values of the variant's open parameters, tensors on the device of q.
         partial: return the state before sinks and output transform, for ``merge_states``.
 
     Raises:
         InvalidInput: the slot was not planned, or a tensor's dtype, shape, strides or device do not
-            fit the layer class or the batch, or a page id lies outside the cache.
+            fit the layer class or the batch, or a page id lies outside the cache. On a GPU what
+            only the device knows is checked with FI_CHECK=1 alone (see StepPlanner): the number of
+            query tokens against q and parameters read by token, and page ids.
+        Unsupported: a stream capture needs a kernel that was not used before (see StepPlanner).
 
-    Graphs: traceable by torch.compile (out and lse are mutated, nothing else). No gradients.
-    Stream: the CPU engine returns when out is complete; one call per workspace at a time.
+    Graphs: traceable by torch.compile (out and lse are mutated, nothing else), capturable in a CUDA
+        graph, which then reads these tensors and the slot's page table. No gradients.
+    Stream: on a GPU the kernel is launched on the current stream of the slot's device; the CPU
+        engine returns when out is complete. One call per workspace at a time.
     """
     heads = slot.layer_class.heads
     if out is None:
         dtype = torch.float32 if partial else q.dtype
         shape = (q.shape[0], heads.num_qo_heads, heads.head_dim_vo)
         out = torch.empty(shape, dtype=dtype, device=q.device)
-    torch.ops.fi_backend.attention(
-        handle_of(slot),
-        *(q, kv.k, kv.v, out),
-        lse=lse,
-        scale=heads.head_dim_qk**-0.5 if scale is None else scale,
-        scales=[q_scale, k_scale, v_scale],
-        **_split_params(params or {}),
-        partial=partial,
-    )
+    if scale is None:
+        scale = heads.head_dim_qk**-0.5
+    scales = (q_scale, k_scale, v_scale)
+    if params:
+        tensors, names, numbers = _split_params(params)
+        _attention_op(
+            slot.handle,
+            q,
+            kv.k,
+            kv.v,
+            out,
+            scale,
+            lse,
+            *scales,
+            partial,
+            tensors,
+            names,
+            numbers,
+        )
+    else:
+        _attention_op(slot.handle, q, kv.k, kv.v, out, scale, lse, *scales, partial)
     return out
 
 
-def _split_params(params: Mapping[str, Tensor | float]) -> dict[str, Any]:
+def _split_params(
+    params: Mapping[str, Tensor | float],
+) -> tuple[list[Tensor], str, list[float]]:
     """Parameters as the op takes them: names of the tensors first, then those of the numbers."""
-    tensors = {name: value for name, value in params.items() if isinstance(value, Tensor)}
-    numbers = {name: float(v) for name, v in params.items() if not isinstance(v, Tensor)}
-    names = [*tensors, *numbers]
-    return {"tensors": [*tensors.values()], "names": names, "numbers": [*numbers.values()]}
+    tensors, numbers, tensor_names, number_names = [], [], [], []
+    for name, value in params.items():
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            tensor_names.append(name)
+        else:
+            numbers.append(float(value))
+            number_names.append(name)
+    return tensors, ",".join(tensor_names + number_names), numbers
+
+
+# From here on larger capacities take the same kernel.
+SMALLEST_ON_GPU = Capacity(max_requests=16, max_tokens=1024, max_kv_len=1024)
 
 
 def _power_of_two(count: int) -> int:
@@ -114,7 +137,9 @@ class Attention:
         band: which KV positions a query may see.
         variant: what happens to logits; None is plain softmax attention.
         capacity: the largest step; None: grows with the batches, by building a new planner. Give
-            one where the slot must stay the same, as in a compiled graph.
+            one where the slot must stay the same, as in a compiled graph, and on a GPU, where
+            measuring a batch waits for the device.
+        device: as in StepPlanner.
         num_ctas: spans that the work is cut into; None: chosen by StepPlanner.
 
     Raises:
@@ -130,15 +155,20 @@ class Attention:
         band: Band = CAUSAL,
         variant: Variant | None = None,
         capacity: Capacity | None = None,
+        device: torch.device | str = "cpu",
         num_ctas: int | None = None,
     ) -> None:
         self.layer_class = LayerClass(heads, dtype, kv_dtype, band, variant)
+        self._device = torch.device(device)
         self._num_ctas = num_ctas
         self._grows = capacity is None
-        self._planner = self._build(Capacity(1, 1, 1) if capacity is None else capacity)
+        if capacity is None:
+            # Another kernel for small capacities would be compiled only to be outgrown.
+            capacity = SMALLEST_ON_GPU if self._device.type == "cuda" else Capacity(1, 1, 1)
+        self._planner = self._build(capacity)
 
     def _build(self, capacity: Capacity) -> StepPlanner:
-        return StepPlanner([self.layer_class], capacity, num_ctas=self._num_ctas)
+        return StepPlanner([self.layer_class], capacity, self._device, num_ctas=self._num_ctas)
 
     @property
     def slot(self) -> PlanSlot:
@@ -146,7 +176,7 @@ class Attention:
         return self._planner.slot(0)
 
     def plan(self, batch: PagedBatch) -> None:
-        """Plan a step; the batch's tensors must not change before its attention has run.
+        """Plan a step; arguments and errors are those of ``StepPlanner.plan``.
 
         Raises:
             InvalidInput: lengths, indptr, page table or nodes out of contract.
@@ -154,7 +184,7 @@ class Attention:
         """
         if self._grows:
             held = vars(self._planner.capacity)
-            used = used_capacity(batch)
+            used = used_capacity(to_host(batch, page_ids=False))
             if any(count > held[name] for name, count in used.items()):
                 grown = {name: _power_of_two(max(n, held[name])) for name, n in used.items()}
                 self._planner = self._build(Capacity(**(held | grown)))

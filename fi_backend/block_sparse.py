@@ -5,6 +5,9 @@ format is a list of matrices over the same query tokens: their blocks are disjoi
 results merge exactly, and one launch computes them all. A row block that several finer row blocks
 share is read once for all of them.
 
+Matrices on a GPU are laid out on the host: building a batch copies their indices there and back and
+waits for the device. Build it once per pattern.
+
 Positions are those of the composed rows, not columns of a matrix, so the layer class is ``FULL``
 (no causal order, no window); an element mask goes through ``element_mask`` and a mask variant.
 
@@ -25,6 +28,7 @@ from torch import Tensor
 from fi_backend.checks import Int64Array, as_ints, refuse_first
 from fi_backend.errors import InvalidInput, contract_message, require
 from fi_backend.formats import Nodes, PagedBatch, PageTable
+from fi_backend.host_batch import nodes_to, to_device, to_host
 from fi_backend.storage import require_vector
 
 
@@ -33,10 +37,11 @@ class BlockSparse:
     """One block-sparse matrix over query tokens (rows) and KV tokens (columns).
 
     Attributes:
-        block_rows: query tokens of each row block: an int for all, or int32 [row blocks] CPU.
-        block_cols: KV tokens of each column block: an int for all, or int32 [column blocks] CPU.
-        indptr: int32 [row blocks + 1] CPU, blocks before each row block.
-        indices: int32 [nnz] CPU, column block of each block.
+        block_rows: query tokens of each row block: an int for all, or int32 [row blocks].
+        block_cols: KV tokens of each column block: an int for all, or int32 [column blocks].
+        indptr: int32 [row blocks + 1] device, blocks before each row block; the batch will lie on
+            its device.
+        indices: int32 [nnz], column block of each block.
         num_rows: query tokens; None: whole row blocks. The last row block may be cut short.
         num_cols: KV tokens; None: as many whole column blocks as ``indices`` names. The last
             column block may be cut short.
@@ -200,12 +205,13 @@ def compose(formats: Sequence[BlockSparse], *, page_size: int | None = None) -> 
     counts = np.bincount(request, [p.size for p in pieces], qo_indptr.size - 1).astype(np.int64)
     _check_disjoint(pages, counts)
     indptr = np.concatenate([[0], np.cumsum(counts)])
-    return PagedBatch(
+    batch = PagedBatch(
         _tensor(qo_indptr),
         _tensor(counts * page_size),
         PageTable.csr(_tensor(indptr), _tensor(pages), page_size),
         nodes,
     )
+    return to_device(batch, formats[0].indptr.device)
 
 
 @dataclass(frozen=True)
@@ -295,7 +301,7 @@ def shared_prefix(
     ``shared_prefix(batch, [((0, 1, 2), 0, 512), ((0, 1), 512, 768)])``.
 
     Args:
-        batch: CPU tensors, without nodes.
+        batch: without nodes.
         groups: (members, kv_begin, kv_end): request indices and the KV range (tokens) they share,
             read through the first member's row of the page table. The ranges of each request must
             cover a prefix of it without gaps or overlaps; ``plan`` checks it.
@@ -311,7 +317,8 @@ def shared_prefix(
             list(members),
             "name the requests that share the range",
         )
-    return replace(batch, nodes=make_nodes(groups, batch.num_requests))
+    nodes = make_nodes(groups, batch.num_requests)
+    return replace(batch, nodes=nodes_to(nodes, batch.qo_indptr.device))
 
 
 def element_mask(batch: PagedBatch, mask: Tensor) -> dict[str, Tensor]:
@@ -319,16 +326,17 @@ def element_mask(batch: PagedBatch, mask: Tensor) -> dict[str, Tensor]:
 
     Args:
         batch: what ``block_sparse`` or ``compose`` returned.
-        mask: bool [num_rows, num_cols] CPU, true where a query token sees a KV token.
+        mask: bool [num_rows, num_cols], true where a query token sees a KV token.
 
     Returns:
-        ``mask_bits``: uint8 [num_rows, ceil(longest kv_len / 8)], the mask in the positions of the
-        composed rows; ``mask_offset``: int32 [requests].
+        ``mask_bits``: uint8 [num_rows, ceil(longest kv_len / 8)] on the batch's device, the mask in
+        the positions of the composed rows; ``mask_offset``: int32 [requests].
 
     Raises:
         InvalidInput: the batch is not a composed one, or the mask has other sizes.
     """
-    table, qo_indptr = batch.page_table, as_ints(batch.qo_indptr)
+    device, batch = batch.qo_indptr.device, to_host(batch)
+    table, qo_indptr, mask = batch.page_table, as_ints(batch.qo_indptr), mask.cpu()
     if table.indptr is None:
         raise InvalidInput(
             contract_message("batch", "a CSR page table", "another", "pass what compose() returned")
@@ -351,7 +359,7 @@ def element_mask(batch: PagedBatch, mask: Tensor) -> dict[str, Tensor]:
         rows, seen = slice(qo_indptr[r], qo_indptr[r + 1]), columns[first:last].ravel()
         out[rows, : seen.size] = mask.numpy()[rows, seen]
     bits = torch.from_numpy(np.packbits(out, axis=1, bitorder="little"))
-    return {"mask_bits": bits, "mask_offset": batch.qo_indptr[:-1]}
+    return {"mask_bits": bits.to(device), "mask_offset": batch.qo_indptr[:-1].to(device)}
 
 
 def _check_disjoint(pages: Int64Array, counts: Int64Array) -> None:

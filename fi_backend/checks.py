@@ -49,7 +49,7 @@ def validate(
         "batch",
         "CPU tensors",
         batch.qo_indptr.device,
-        "device batches are checked by the planner kernel",
+        "StepPlanner.plan takes batches on a GPU, and checks their values with FI_CHECK=1",
     )
     check_lengths(batch)
     if capacity is not None:
@@ -368,8 +368,8 @@ def _gathered_tokens(batch: PagedBatch, nodes: Nodes) -> int:
 
 
 def as_ints(tensor: Tensor) -> Int64Array:
-    """Return a CPU tensor's values as int64."""
-    return tensor.numpy().astype(np.int64)
+    """Return a tensor's values as int64; reading a device's memory waits for it."""
+    return tensor.cpu().numpy().astype(np.int64)
 
 
 def check_indptr(indptr: Int64Array, argument: str, hint: str) -> None:

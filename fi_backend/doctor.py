@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fi_backend import nvidia
+from fi_backend import gpu, nvidia
 from fi_backend.errors import FiError, require
 from fi_backend.jit.cache import default_cache
 from fi_backend.jit.host_compiler import find_compiler, find_ninja
@@ -89,17 +90,18 @@ def examine() -> Report:
     """Look at this machine; nothing is changed and nothing that is missing raises."""
     core = _core_findings()
     variants = tuple(_variant_findings())
-    engines = {name: _engine_findings(name) for name in ENGINES}
-    gpu = tuple(_gpu_findings())
+    nvidia_findings = tuple(_gpu_findings())
+    gpu_verdict = _gpu_verdict(core, nvidia_findings)
+    engines = {name: _engine_findings(name, gpu_verdict) for name in ENGINES}
     sections = {
         "Python": tuple(_python_findings()),
         "This package": core,
         "CPU": tuple(_cpu_findings()),
         "User variants": variants,
-        "NVIDIA": gpu,
+        "NVIDIA": nvidia_findings,
         **{f"Engine {name}": findings for name, findings in engines.items()},
     }
-    return Report(sections, _verdicts(core, variants, engines, gpu))
+    return Report(sections, _verdicts(core, variants, engines, gpu_verdict))
 
 
 def _first_problem(findings: tuple[Finding, ...]) -> str | None:
@@ -110,7 +112,7 @@ def _verdicts(
     core: tuple[Finding, ...],
     variants: tuple[Finding, ...],
     engines: Mapping[str, tuple[Finding, ...]],
-    gpu: tuple[Finding, ...],
+    gpu_verdict: Verdict,
 ) -> dict[str, Verdict]:
     problem = _first_problem(core)
     cpu = Verdict(problem is None, problem or "planner, attention, merge and append on the CPU")
@@ -123,11 +125,17 @@ def _verdicts(
         problem = _first_problem(core) or _first_problem(findings)
         chosen = "select it with --attention-backend CUSTOM"
         verdicts[name] = Verdict(problem is None, problem or chosen)
-    found = _first_problem(gpu) or "the GPU is usable"
-    verdicts["gpu"] = Verdict(
-        False, f"this version of fi_backend has the CPU engine only ({found})"
-    )
-    return verdicts
+    return verdicts | {"gpu": gpu_verdict}
+
+
+def _gpu_verdict(core: tuple[Finding, ...], findings: tuple[Finding, ...]) -> Verdict:
+    """Whether some GPU can be used: one that is too old does not stand in the way of others."""
+    gpus = [f for f in findings if f.name.startswith("GPU")]
+    usable = [f.name for f in gpus if f.ok]
+    needed = [*core, *(f for f in findings if not usable or f not in gpus)]
+    problems = [f"{f.name}: {f.value}" for f in needed if f.ok is False]
+    works = f"attention, planning, append and merge on {', '.join(usable)}"
+    return Verdict(not problems, "; ".join(problems) or works)
 
 
 def _python_findings() -> Iterator[Finding]:
@@ -224,14 +232,14 @@ def _cache_folder() -> str:
     return f"{cache.root}, {len(entries)} entries, {size:.1f} MiB, writable"
 
 
-def _engine_findings(engine: str) -> tuple[Finding, ...]:
+def _engine_findings(engine: str, gpu_verdict: Verdict) -> tuple[Finding, ...]:
     group, distributions, allow_list = ENGINES[engine]
     version = _version(distributions)
     if version is None:
         return (Finding("version", "not installed", ok=False),)
     findings = [Finding("version", version, ok=True)]
-    if not is_cpu_build(version):
-        why = "built for a GPU; this version of fi_backend serves the CPU build"
+    if not is_cpu_build(version) and not gpu_verdict.ok:
+        why = f"for a GPU, which cannot be used here ({gpu_verdict.reason})"
         findings.append(Finding("build", why, ok=False))
     points = metadata.entry_points(group=group, name=ENTRY_POINT)
     point = next(iter(points), None)
@@ -250,16 +258,33 @@ def _engine_findings(engine: str) -> tuple[Finding, ...]:
 
 
 def _gpu_findings() -> Iterator[Finding]:
+    if torch.version.cuda is None:
+        yield Finding("torch", "built without CUDA", ok=False)
     driver = nvidia.find_driver()
     if driver.cuda_version:
         yield Finding("driver", f"runs CUDA {driver.cuda_version}", ok=True)
     if driver.problem:
         yield Finding("GPU", driver.problem, ok=False)
-    for gpu in driver.gpus:
-        capability = "{}.{}".format(*gpu.compute_capability)
-        memory = f"{gpu.memory_bytes / GIB:.0f} GiB"
-        details = f"sm {capability}, {gpu.multiprocessors} multiprocessors, {memory}"
-        yield Finding(f"GPU {gpu.index}", f"{gpu.name}, {details}", ok=True)
+    for found in driver.gpus:
+        capability = "{}.{}".format(*found.compute_capability)
+        memory = f"{found.memory_bytes / GIB:.0f} GiB"
+        details = f"sm {capability}, {found.multiprocessors} multiprocessors, {memory}"
+        usable = found.compute_capability >= gpu.OLDEST_CAPABILITY
+        oldest = "{}.{}".format(*gpu.OLDEST_CAPABILITY)
+        kernels = (
+            f"kernels for {gpu.arch_name(found.compute_capability)}"
+            if usable
+            else f"too old: kernels need sm {oldest} or newer"
+        )
+        yield Finding(f"GPU {found.index}", f"{found.name}, {details}, {kernels}", ok=usable)
+    yield from _nvrtc_findings()
+    try:
+        yield Finding("cubins", _cubins())
+    except FiError as error:  # of the cache's settings
+        yield Finding("cubins", str(error), ok=False)
+
+
+def _nvrtc_findings() -> Iterator[Finding]:
     nvrtc = nvidia.find_nvrtc()
     if nvrtc.path is None:
         yield Finding("NVRTC", "not found; searched, in this order:", ok=False)
@@ -269,3 +294,12 @@ def _gpu_findings() -> Iterator[Finding]:
         yield Finding("NVRTC", f"{nvrtc.version} from {nvrtc.source}", ok=True)
     for place in nvrtc.searched:
         yield Finding("", place)
+    if nvrtc.version is not None:  # what else compiling needs
+        yield from (Finding("NVRTC", reason, ok=False) for reason in gpu.nvrtc_reasons())
+
+
+def _cubins() -> str:
+    """Compiled kernels in the cache; their titles end in an architecture."""
+    cubins = [e for e in default_cache().entries() if re.search(r" sm_\d+a?$", e.title)]
+    size = sum(entry.num_bytes for entry in cubins) / MIB
+    return f"{len(cubins)} in the cache, {size:.1f} MiB"

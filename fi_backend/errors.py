@@ -30,6 +30,10 @@ class CompileFailed(FiError, RuntimeError):
     """Generated code did not compile; the message carries the compiler's output."""
 
 
+class DeviceError(FiError, RuntimeError):
+    """The CUDA driver is missing or reports an error; the message carries the driver's words."""
+
+
 def contract_message(argument: str, rule: str, got: object, hint: str) -> str:
     """Return the error contract's sentence."""
     return f"{argument}: expected {rule}, got {got}; {hint}"

@@ -73,6 +73,9 @@ class Capacity:
         max_nodes: shared prefixes of a step; 0 turns sharing off.
         max_links: memberships summed over nodes.
         max_shared_tokens: query tokens summed over nodes.
+        max_q_len: query tokens of one request; 0: as many as the step has. Only a hint that picks
+            the tile classes of a GPU's kernel: a planner for decode steps passes 1 and gets a
+            kernel with nothing else in it. Longer requests are computed too, more slowly.
 
     Raises:
         InvalidInput: a negative count, or a KV length that 32-bit positions cannot hold.
@@ -84,6 +87,12 @@ class Capacity:
     max_nodes: int = 0
     max_links: int = 0
     max_shared_tokens: int = 0
+    max_q_len: int = 0
+
+    @property
+    def longest_q_len(self) -> int:
+        """Query tokens of the longest request that is expected."""
+        return max(1, min(self.max_q_len or self.max_tokens, self.max_tokens))
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -3,7 +3,7 @@
 A ``StepPlanner`` is built once with every layer class of a model and the largest step it must
 serve. ``plan(batch)`` fills one fixed slot per class; ``attention(planner.slot(i), ...)`` runs a
 layer of that class. The algorithm is in kernels/host/planner.cc, the bytes of a plan in
-kernels/include/fi/plan.
+kernels/include/fi/plan. On a GPU the same algorithm runs as a kernel (plan_kernel.py).
 
 Source: stream-K work decomposition (Osama et al., PPoPP 2023) applied to attention KV ranges, as in
 LeanAttention (Sanovar et al., 2024); composable formats from FlashInfer (Ye et al., MLSys 2025).
@@ -11,158 +11,59 @@ LeanAttention (Sanovar et al., 2024); composable formats from FlashInfer (Ye et 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
-from torch import Tensor
 
 from fi_backend import _core, checks
-from fi_backend.errors import CapacityExceeded, Unsupported, require
+from fi_backend.class_plans import ClassPlan, plan_class
+from fi_backend.cuda_launch import is_capturing
+from fi_backend.errors import CapacityExceeded, InvalidInput, Unsupported, contract_message, require
 from fi_backend.formats import PagedBatch
+from fi_backend.gpu import resolve_device
+from fi_backend.host_batch import to_host
+from fi_backend.jit.attention_kernels import attention_kernel
+from fi_backend.jit.kernels import arch_of, prebuild
 from fi_backend.layers import Capacity, LayerClass
-from fi_backend.plan_records import plan_arrays
+from fi_backend.plan_kernel import _CTAS_WITH_GLOBAL_SCRATCH as CTAS_WITH_GLOBAL_SCRATCH
+from fi_backend.plan_kernel import PlanKernel
+from fi_backend.plan_slot import PlanSlot
+from fi_backend.plan_status import PlanStatus, StatusReport
 from fi_backend.why_not import AttentionConfig, why_not
+from fi_backend.workspace import Workspace, WorkspaceSize
 
-# Spans per thread: enough that a preempted thread's work is taken over by the others.
-CPU_SPANS_PER_THREAD = 4
-
-
-@dataclass(frozen=True)
-class _ClassPlan:
-    """A layer class with its plan configuration and memory layout."""
-
-    layer_class: LayerClass
-    config: _core.PlanConfig
-    layout: _core.PlanLayout
+__all__ = [
+    "Capacity",
+    "LayerClass",
+    "PlanSlot",
+    "StepPlanner",
+    "workspace_bytes",
+    "workspace_size",
+]
 
 
-class PlanSlot:
-    """The plan of one layer class: fixed memory that every ``plan`` refills.
+def workspace_size(
+    layer_classes: Sequence[LayerClass],
+    capacity: Capacity,
+    device: torch.device | str = "cpu",
+    *,
+    num_ctas: int | None = None,
+    batch_invariant_chunk: int = 0,
+) -> WorkspaceSize:
+    """Return the workspace that a StepPlanner with these arguments needs.
 
-    Attributes:
-        layer_class: whose plan this is.
-        layout: offsets of the plan's arrays.
-        classes: tile classes (rows, kv_tile, c_fixed, c_tile) that items refer to.
-        plan: uint8 [layout.total_bytes] device.
-        batch: the step planned last; None before the first.
-        num_plans: steps planned so far.
-        partial_o: float32 [rows, head_dim_vo] device, partial outputs (workspace, shared by slots).
-        partial_lse: float32 [rows] device, natural log.
-        arrivals: int32 [units] device, zero between runs.
+    For planners of one stream that share one: ``workspace = Workspace.allocate(workspace_size(...)
+    | workspace_size(...), device)``, and ``StepPlanner(..., workspace=workspace)`` for each.
     """
-
-    def __init__(self, planned: _ClassPlan, workspace: Workspace, device: torch.device) -> None:
-        self.layer_class = planned.layer_class
-        self.config = planned.config
-        self.layout = planned.layout
-        self.classes = planned.config.classes
-        self.plan = torch.zeros(planned.layout.total_bytes, dtype=torch.uint8, device=device)
-        rows, dim = planned.layout.max_partial_rows, self.layer_class.heads.head_dim_vo
-        self.partial_o = workspace.partial_o[: rows * dim].view(rows, dim)
-        self.partial_lse = workspace.partial_lse[:rows]
-        self.arrivals = workspace.arrivals[: planned.layout.max_units]
-        self.batch: PagedBatch | None = None
-        self.num_plans = 0
-
-    def arrays(self) -> dict[str, object]:
-        """Return the plan as numpy structured arrays, trimmed to their used lengths.
-
-        Keys and fields are those of kernels/include/fi/plan/records.h: header, cta_ptr, items,
-        units, requests, nodes, node_tiles, links, gathered.
-        """
-        return plan_arrays(self.plan.cpu().numpy(), self.layout)
-
-    def fill(self, batch: PagedBatch) -> None:
-        """Plan ``batch`` into this slot; ``StepPlanner.plan`` has checked it."""
-        nodes, count = batch.nodes, 0
-        addresses = [0] * 6
-        if nodes is not None:
-            count = nodes.num_nodes
-            tensors = (
-                nodes.table_row,
-                nodes.kv_begin,
-                nodes.kv_end,
-                nodes.member_ptr,
-                nodes.members,
-                nodes.own_begin,
-            )
-            addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        _core.make_plan(
-            self.config,
-            self.layout,
-            batch.num_requests,
-            batch.qo_indptr.data_ptr(),
-            batch.kv_len.data_ptr(),
-            batch.kv_len.element_size(),
-            count,
-            addresses,
-            self.plan.data_ptr(),
-        )
-        self.batch = batch
-        self.num_plans += 1
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """Scratch memory of one stream's steps; contents mean nothing between runs.
-
-    Attributes:
-        partial_o: float32 [elements] device.
-        partial_lse: float32 [rows] device.
-        arrivals: int32 [units] device, zero between runs.
-    """
-
-    partial_o: Tensor
-    partial_lse: Tensor
-    arrivals: Tensor
-
-    @classmethod
-    def allocate(cls, planned: Sequence[_ClassPlan], device: torch.device) -> Workspace:
-        """Allocate what the largest of the classes needs; layers run one after another."""
-        elements = max(p.layout.max_partial_rows * p.layer_class.heads.head_dim_vo for p in planned)
-        rows = max(p.layout.max_partial_rows for p in planned)
-        units = max(p.layout.max_units for p in planned)
-        return cls(
-            torch.empty(elements, dtype=torch.float32, device=device),
-            torch.empty(rows, dtype=torch.float32, device=device),
-            torch.zeros(units, dtype=torch.int32, device=device),
-        )
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held."""
-        return sum(t.numel() * t.element_size() for t in vars(self).values())
-
-
-def _plan_classes(
-    layer_classes: Sequence[LayerClass], capacity: Capacity, num_ctas: int, invariant_chunk: int
-) -> list[_ClassPlan]:
-    planned = []
-    for layer_class in layer_classes:
-        heads, band = layer_class.heads, layer_class.planned_band
-        config = _core.PlanConfig(
-            num_qo_heads=heads.num_qo_heads,
-            num_kv_heads=heads.num_kv_heads,
-            num_ctas=num_ctas,
-            band=_core.Band(band.left, band.right, band.sink_prefix),
-            invariant_chunk=invariant_chunk,
-            classes=_core.cpu_tile_classes(),
-            capacity=_core.PlanCapacity(**vars(capacity)),
-        )
-        planned.append(_ClassPlan(layer_class, config, config.layout()))
-    return planned
-
-
-def default_num_ctas() -> int:
-    """Return the CPU engine's number of spans: a few per torch thread."""
-    return CPU_SPANS_PER_THREAD * torch.get_num_threads()
+    chunk = batch_invariant_chunk
+    return WorkspaceSize.of(_plan_classes(layer_classes, capacity, device, num_ctas, chunk))
 
 
 def workspace_bytes(
     layer_classes: Sequence[LayerClass],
     capacity: Capacity,
+    device: torch.device | str = "cpu",
     *,
     num_ctas: int | None = None,
     batch_invariant_chunk: int = 0,
@@ -171,13 +72,28 @@ def workspace_bytes(
 
     The workspace part is (2 * P * M + 2 * Hq * max_shared_tokens) * (head_dim_vo + 1) * 4 plus one
     counter per merge unit, independent of KV lengths (P CTAs, M rows of the largest tile);
-    batch-invariant mode keeps every chunk's state instead and grows with max_kv_len / chunk.
+    batch-invariant mode keeps every chunk's state instead and grows with max_kv_len / chunk. On a
+    machine without a GPU, "cuda" stands for an H200.
     """
-    planned = _plan_classes(
-        layer_classes, capacity, num_ctas or default_num_ctas(), batch_invariant_chunk
-    )
+    planned = _plan_classes(layer_classes, capacity, device, num_ctas, batch_invariant_chunk)
     plans = sum(p.layout.total_bytes for p in planned)
-    return plans + Workspace.allocate(planned, torch.device("meta")).num_bytes
+    return plans + _scratch_bytes(planned) + WorkspaceSize.of(planned).num_bytes
+
+
+def _plan_classes(
+    layer_classes: Sequence[LayerClass],
+    capacity: Capacity,
+    device: torch.device | str,
+    num_ctas: int | None,
+    invariant_chunk: int,
+) -> list[ClassPlan]:
+    device = torch.device(device)
+    if torch.cuda.is_available():
+        device = resolve_device(device)
+    return [
+        plan_class(one, capacity, device, num_ctas=num_ctas, invariant_chunk=invariant_chunk)
+        for one in layer_classes
+    ]
 
 
 class StepPlanner:
@@ -186,16 +102,27 @@ class StepPlanner:
     Args:
         layer_classes: every class of the model, in slot order.
         capacity: the largest step.
-        device: "cpu" in this version.
-        num_ctas: spans that the work is cut into; None: four per torch thread.
+        device: "cpu", "cuda" (the current GPU) or "cuda:<index>". The kernels for plain page tables
+            and aligned tensors are compiled, or taken from the cache, and loaded here.
+        num_ctas: spans that the work is cut into; None: on a GPU as many as are resident at once,
+            on the CPU four per torch thread.
         batch_invariant_chunk: 0, or cut KV only at multiples of this many tokens so that a
             request's bits depend on its own lengths and data alone. Sharing must be off.
+        workspace: scratch memory shared with other planners of the same stream; None: allocated.
 
     Raises:
-        InvalidInput: no classes, or a chunk that the KV tiles do not divide.
+        InvalidInput: no classes, a chunk that the KV tiles do not divide, or a workspace elsewhere.
         Unsupported: a class that this machine cannot serve; the message lists all reasons.
+        CapacityExceeded: a workspace that is too small; the message has both sizes.
+        CompileFailed: a kernel did not compile.
 
-    Stream: the CPU engine works in the calling thread; plan and run in program order.
+    Stream: on a GPU plans and runs are ordered by the current stream; all of them belong on one.
+    The CPU engine works in the calling thread; plan and run in program order.
+    Graphs: construct before capture. ``plan`` may be captured or run before each replay; the memory
+    of slots and workspace never moves, and a graph reads the page table that its slot was planned
+    with during capture: refill that tensor in place.
+    FI_CHECK=1 in the environment when the planner is made: values on a GPU are checked as on the
+    CPU, page ids with request and position. Every plan then waits for the device.
     """
 
     def __init__(
@@ -206,35 +133,9 @@ class StepPlanner:
         *,
         num_ctas: int | None = None,
         batch_invariant_chunk: int = 0,
+        workspace: Workspace | None = None,
     ) -> None:
         self.capacity = capacity
-        self.device = torch.device(device)
-        self.num_ctas = default_num_ctas() if num_ctas is None else num_ctas
-        require(self.num_ctas > 0, "num_ctas", "a positive count", num_ctas, "or pass None")
-        self._check_classes(layer_classes)
-        self._check_chunk(batch_invariant_chunk)
-        planned = _plan_classes(layer_classes, capacity, self.num_ctas, batch_invariant_chunk)
-        self.workspace = Workspace.allocate(planned, self.device)
-        self._slots = [PlanSlot(p, self.workspace, self.device) for p in planned]
-
-    def _check_chunk(self, chunk: int) -> None:
-        tile = max(c.kv_tile for c in _core.cpu_tile_classes())
-        require(
-            chunk >= 0 and chunk % tile == 0,
-            "batch_invariant_chunk",
-            f"0 or a multiple of {tile} tokens",
-            chunk,
-            "round it up",
-        )
-        require(
-            chunk == 0 or self.capacity.max_nodes == 0,
-            "batch_invariant_chunk",
-            "0 when capacity.max_nodes > 0",
-            chunk,
-            "sharing makes bits depend on the batch; set max_nodes to 0",
-        )
-
-    def _check_classes(self, layer_classes: Sequence[LayerClass]) -> None:
         require(
             len(layer_classes) > 0,
             "layer_classes",
@@ -242,49 +143,128 @@ class StepPlanner:
             "none",
             "pass the classes of the model's attention layers",
         )
-        for i, layer_class in enumerate(layer_classes):
-            reasons = why_not(AttentionConfig.of(layer_class, self.device))
-            require(
-                not reasons,
-                f"layer_classes[{i}]",
-                "a configuration that is served",
-                "; ".join(reasons),
-                "fi_backend.why_not(config) lists the reasons",
-                kind=Unsupported,
-            )
+        _check_classes(layer_classes, device)
+        self.device = resolve_device(device)
+        chunk = batch_invariant_chunk
+        planned = _plan_classes(layer_classes, capacity, self.device, num_ctas, chunk)
+        _prebuild(planned, self.device)
+        size = WorkspaceSize.of(planned)
+        if workspace is None:
+            workspace = Workspace.allocate(size, self.device)
+        workspace.require_room(size, self.device)
+        self.workspace = workspace
+        is_cuda = self.device.type == "cuda"
+        self._checks_values = is_cuda and os.environ.get("FI_CHECK", "0") not in ("", "0")
+        self._slots = [
+            PlanSlot(p, workspace, self.device, checks_values=self._checks_values) for p in planned
+        ]
+        self._num_page_tables = 1 + max(c.page_table_id for c in layer_classes)
+        self._report = StatusReport(self.device)
 
-    @cached_property
+    @property
     def num_page_tables(self) -> int:
         """Batches that ``plan`` takes: one per page table id."""
-        return 1 + max(s.layer_class.page_table_id for s in self._slots)
+        return self._num_page_tables
 
     @property
     def workspace_bytes(self) -> int:
         """Bytes of all plans and the workspace."""
-        return sum(s.plan.numel() for s in self._slots) + self.workspace.num_bytes
+        return sum(s.num_bytes for s in self._slots) + self.workspace.num_bytes
+
+    @property
+    def status(self) -> PlanStatus:
+        """What planning reported so far: steps out of contract, sharing that did not fit.
+
+        On a GPU a bit appears when the device has run the plan: synchronise for a final answer.
+        """
+        return self._report.status
 
     def plan(self, batch: PagedBatch | Sequence[PagedBatch]) -> None:
         """Plan one step into every slot.
 
+        On a GPU this enqueues a kernel per slot on the current stream, without waiting for the
+        device or reading its memory: values out of contract are clamped there, set ``status`` and
+        are logged, once per kind, by a later call. Batches with nodes are planned on the host
+        instead: copied there and back, which waits for the device and cannot be captured.
+
         Args:
-            batch: the step; one per page table id if the classes name several.
+            batch: the step; one per page table id if the classes name several. Its tensors must
+                not change before the step's attention has run.
 
         Raises:
-            InvalidInput: lengths, indptr, page tables or nodes out of contract.
-            CapacityExceeded: a legal batch larger than ``capacity``.
+            InvalidInput: lengths, indptr, page tables or nodes out of contract; on a GPU without
+                nodes and without FI_CHECK=1, another device.
+            CapacityExceeded: a legal batch larger than ``capacity``; on a GPU likewise, more
+                requests.
+            Unsupported: a batch with nodes while the stream is capturing a graph.
         """
-        batches = [batch] if isinstance(batch, PagedBatch) else list(batch)
-        require(
-            len(batches) == self.num_page_tables,
-            "batch",
-            f"{self.num_page_tables} batches, one per page_table_id",
-            len(batches),
-            "give each KV cache group its own page table",
-        )
+        batches = (batch,) if isinstance(batch, PagedBatch) else tuple(batch)
+        if len(batches) != self._num_page_tables:
+            rule = f"{self._num_page_tables} batches, one per page_table_id"
+            hint = "give each KV cache group its own page table"
+            raise InvalidInput(contract_message("batch", rule, len(batches), hint))
+        if self.device.type == "cpu":
+            for one in batches:
+                checks.validate(one, self.capacity)
+            for slot in self._slots:
+                one = batches[slot.layer_class.page_table_id]
+                self._report.add(slot.fill_on_host(one, one))
+        else:
+            self._plan_on_device(batches)
+        self._report.log_news()
+
+    def _plan_on_device(self, batches: tuple[PagedBatch, ...]) -> None:
         for one in batches:
-            checks.validate(one, self.capacity)
+            self._check_on_host(one)
+        hosts = [
+            self._copy_to_host(one) if self._checks_values or one.nodes is not None else None
+            for one in batches
+        ]
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
         for slot in self._slots:
-            slot.fill(batches[slot.layer_class.page_table_id])
+            table_id = slot.layer_class.page_table_id
+            one, host = batches[table_id], hosts[table_id]
+            if self._checks_values:
+                self._check_replays(slot, host)
+            if one.nodes is not None and host is not None:
+                self._report.add(slot.fill_on_host(one, host))
+            else:
+                slot.fill(one, self._report.word, stream)
+
+    def _check_on_host(self, batch: PagedBatch) -> None:
+        """Check what is known without reading device memory."""
+        device = batch.qo_indptr.device
+        if device != self.device:
+            hint = "plan on the device that holds the batch"
+            rule = f"tensors on {self.device}"
+            raise InvalidInput(contract_message("batch", rule, device, hint))
+        count, limit = batch.num_requests, self.capacity.max_requests
+        if count > limit:
+            hint = f"build the planner with max_requests={count} or split the batch"
+            rule = f"max_requests <= {limit}"
+            raise CapacityExceeded(contract_message("batch", rule, count, hint))
+
+    def _copy_to_host(self, batch: PagedBatch) -> PagedBatch | None:
+        """Copy what checks and host planning read, and check it; None during a capture."""
+        if is_capturing(self.device):
+            require(
+                batch.nodes is None,
+                "batch",
+                "no nodes while the stream is capturing a graph",
+                f"{0 if batch.nodes is None else batch.nodes.num_nodes} nodes",
+                "plan before the capture: the graph reads the slot's memory",
+                kind=Unsupported,
+            )
+            return None
+        host = to_host(batch, page_ids=self._checks_values)
+        checks.validate(host, self.capacity)
+        return host
+
+    def _check_replays(self, slot: PlanSlot, host: PagedBatch | None) -> None:
+        """With FI_CHECK=1, check page ids now if the step's attention is in a captured graph."""
+        slot.host_batch = host
+        if host is not None and slot.captured_pages > 0:
+            checks.check_page_ids(host, slot.captured_pages, slot.layer_class.planned_band)
 
     def slot(self, index: int) -> PlanSlot:
         """Return the slot of layer class ``index``; its memory never moves.
@@ -301,3 +281,33 @@ class StepPlanner:
             kind=CapacityExceeded,
         )
         return self._slots[index]
+
+
+def _check_classes(layer_classes: Sequence[LayerClass], device: torch.device | str) -> None:
+    for i, layer_class in enumerate(layer_classes):
+        reasons = why_not(AttentionConfig.of(layer_class, device))
+        require(
+            not reasons,
+            f"layer_classes[{i}]",
+            "a configuration that is served",
+            "; ".join(reasons),
+            "fi_backend.why_not(config) lists the reasons",
+            kind=Unsupported,
+        )
+
+
+def _scratch_bytes(planned: Sequence[ClassPlan]) -> int:
+    """Bytes that planner kernels hold where a capacity is too large for shared memory."""
+    return sum(
+        CTAS_WITH_GLOBAL_SCRATCH * _core.PlanKernelParams(p.config, p.layout).scratch_bytes
+        for p in planned
+        if p.spec is not None and PlanKernel.device_kernel(p.config, p.layout).shared_bytes == 0
+    )
+
+
+def _prebuild(planned: Sequence[ClassPlan], device: torch.device) -> None:
+    """Compile what the planner will load, all kernels at once."""
+    kernels = [attention_kernel(p.spec) for p in planned if p.spec is not None]
+    if kernels:
+        plan_kernels = [PlanKernel.device_kernel(p.config, p.layout) for p in planned]
+        prebuild([*kernels, *plan_kernels], arch_of(device))

@@ -6,26 +6,19 @@ import itertools
 import weakref
 from typing import TYPE_CHECKING
 
-import torch
-
 from fi_backend.errors import InvalidInput, contract_message
 
 if TYPE_CHECKING:
-    from fi_backend.planner import PlanSlot
+    from fi_backend.plan_slot import PlanSlot
 
 _next_handle = itertools.count(1)
-_handles: weakref.WeakKeyDictionary[PlanSlot, int] = weakref.WeakKeyDictionary()
 _slots: weakref.WeakValueDictionary[int, PlanSlot] = weakref.WeakValueDictionary()
 
 
-# A traced graph holds the number; it is traced again for another slot.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def handle_of(slot: PlanSlot) -> int:
-    """Return the number of a slot; it is never used again and does not keep the slot alive."""
-    handle = _handles.get(slot)
-    if handle is None:
-        handle = _handles[slot] = next(_next_handle)
-        _slots[handle] = slot
+def register_slot(slot: PlanSlot) -> int:
+    """Return the number of a new slot; it is never used again and does not keep the slot alive."""
+    handle = next(_next_handle)
+    _slots[handle] = slot
     return handle
 
 

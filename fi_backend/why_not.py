@@ -10,16 +10,24 @@ import torch
 
 from fi_backend.errors import contract_message
 from fi_backend.formats import CAUSAL, Band
+from fi_backend.gpu import gpu_reasons
+from fi_backend.jit.attention_kernels import MAX_VARIANT_PARAMS
 
 if TYPE_CHECKING:
     from fi_backend.layers import LayerClass
 
-DEVICES = ("cpu",)
-QUERY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DEVICES = ("cpu", "cuda")
+# Tensor cores take no fp32 inputs.
+QUERY_DTYPES = {
+    "cpu": (torch.float32, torch.float16, torch.bfloat16),
+    "cuda": (torch.float16, torch.bfloat16),
+}
 # A cache may also be stored in the dtype of q.
 NARROW_KV_DTYPES = (torch.float8_e4m3fn,)
-# The CPU kernels hold a head in whole groups of 8 fp32 lanes and their tiles in fixed scratch.
-MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 32, 256, 8
+MIN_HEAD_DIM, MAX_HEAD_DIM = 32, 256
+# The CPU kernels hold a head in whole groups of 8 fp32 lanes and their tiles in fixed scratch; a
+# tensor-core product takes 16 components at a time.
+HEAD_DIM_STEP = {"cpu": 8, "cuda": 16}
 # What an engine may ask for beyond plain attention, and gets.
 FEATURES = frozenset(
     {
@@ -49,8 +57,11 @@ class AttentionConfig:
         kv_dtype: of the cache; None means ``dtype``.
         page_size: tokens of a page.
         band: which KV positions a query may see; every band is served.
-        device: type of device, such as "cpu" or "cuda".
+        device: "cpu", "cuda" or "cuda:<index>".
         features: what else is asked for, by name; FEATURES are served.
+        num_variant_params: parameters of the variant, summed over its functions.
+        compute_capability: of the GPU, where the caller knows it; None: the CUDA driver is asked,
+            and a process that asked it must not fork others that use the GPU.
     """
 
     num_qo_heads: int
@@ -63,11 +74,19 @@ class AttentionConfig:
     band: Band = CAUSAL
     device: str = "cpu"
     features: frozenset[str] = frozenset()
+    num_variant_params: int = 0
+    compute_capability: tuple[int, int] | None = None
+
+    @property
+    def device_type(self) -> str:
+        """The device without its index."""
+        return self.device.partition(":")[0]
 
     @classmethod
     def of(cls, layer_class: LayerClass, device: torch.device | str) -> AttentionConfig:
         """Return the configuration that a StepPlanner serves for ``layer_class`` on ``device``."""
-        heads = layer_class.heads
+        heads, variant = layer_class.heads, layer_class.variant
+        functions = () if variant is None else tuple(variant.all_functions())
         return cls(
             num_qo_heads=heads.num_qo_heads,
             num_kv_heads=heads.num_kv_heads,
@@ -76,8 +95,9 @@ class AttentionConfig:
             dtype=layer_class.dtype,
             kv_dtype=layer_class.kv_dtype,
             band=layer_class.band,
-            device=torch.device(device).type,
-            features=frozenset() if layer_class.variant is None else frozenset({"variant"}),
+            device=str(torch.device(device)),
+            features=frozenset() if variant is None else frozenset({"variant"}),
+            num_variant_params=sum(len(function.params) for function in functions),
         )
 
 
@@ -99,13 +119,12 @@ def _names(values: tuple[torch.dtype, ...]) -> str:
 
 
 def _device_reasons(config: AttentionConfig) -> Iterator[str]:
-    if config.device not in DEVICES:
-        yield contract_message(
-            "device",
-            " or ".join(DEVICES),
-            config.device,
-            "this version has the CPU engine only; keep the engine's own backend on this device",
-        )
+    kind, _, index = config.device.partition(":")
+    if kind not in DEVICES or (index and not index.isdecimal()):
+        hint = "keep the engine's own backend on this device"
+        yield contract_message("device", " or ".join(DEVICES), config.device, hint)
+    elif kind == "cuda":
+        yield from gpu_reasons(int(index) if index else None, config.compute_capability)
 
 
 def _head_reasons(config: AttentionConfig) -> Iterator[str]:
@@ -122,11 +141,12 @@ def _head_reasons(config: AttentionConfig) -> Iterator[str]:
     dims = {"head_dim_qk": config.head_dim_qk}
     if config.head_dim_vo is not None and config.head_dim_vo != config.head_dim_qk:
         dims["head_dim_vo"] = config.head_dim_vo
+    step = HEAD_DIM_STEP.get(config.device_type, HEAD_DIM_STEP["cpu"])
     for name, dim in dims.items():
-        if not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM or dim % HEAD_DIM_STEP:
+        if not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM or dim % step:
             yield contract_message(
                 name,
-                f"a multiple of {HEAD_DIM_STEP} from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}",
+                f"a multiple of {step} from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}",
                 dim,
                 "pad the head dimension with zeros",
             )
@@ -138,8 +158,9 @@ def _head_reasons(config: AttentionConfig) -> Iterator[str]:
 
 def _dtype_reasons(config: AttentionConfig) -> Iterator[str]:
     dtype, kv_dtype = config.dtype, config.kv_dtype
-    if dtype not in QUERY_DTYPES:
-        yield contract_message("dtype", _names(QUERY_DTYPES), _names((dtype,)), "convert q first")
+    served = QUERY_DTYPES.get(config.device_type, QUERY_DTYPES["cpu"])
+    if dtype not in served:
+        yield contract_message("dtype", _names(served), _names((dtype,)), "convert q first")
     if kv_dtype is not None and kv_dtype not in (dtype, *NARROW_KV_DTYPES):
         yield contract_message(
             "kv_dtype",
@@ -157,3 +178,7 @@ def _feature_reasons(config: AttentionConfig) -> Iterator[str]:
             feature,
             "keep the engine's own backend for these layers",
         )
+    count = config.num_variant_params
+    if config.device_type == "cuda" and count > MAX_VARIANT_PARAMS:
+        rule = f"at most {MAX_VARIANT_PARAMS} parameters, summed over the functions of the variant"
+        yield contract_message("variant", rule, count, "pack scalars into one tensor")

@@ -1,12 +1,18 @@
-"""The named attention problems, and a generator of random ones."""
+"""The named attention problems, and a generator of random ones.
+
+There is one list. The CPU engine runs it as it stands; the GPU runs ``tensor_core_case`` of each
+and ``GPU_CASES``, whose shapes are those that decide which specialisation of a kernel runs.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import torch
 from cases import Case
 
+from fi_backend import Capacity
 from fi_backend.formats import CAUSAL, FULL, Band, HeadShape
 
 BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
@@ -79,6 +85,67 @@ CASES = [
     Case("gemma-chain", MIXED, heads(2), variant="gemma", strided=True),
 ]
 
+DECODES = ((1, 300), (1, 1), (1, 64), (0, 0), (1, 129), (1, 77))
+DRAFTS = ((4, 300), (4, 4), (1, 64), (8, 77), (0, 0), (3, 130))
+GPU_CASES = [
+    *(Case(f"decode-g{g}", DECODES, heads(g, 128), BF16) for g in (1, 5, 6, 7)),
+    Case("decode-g16", DECODES, heads(16, 128), FP16),
+    Case("decode-g64", DECODES, HeadShape(64, 1, 64), BF16),
+    Case("mixed-g64", MIXED, HeadShape(64, 1, 64), BF16),
+    *(Case(f"decode-d{d}", DECODES, heads(4, d), FP16) for d in (80, 96, 112)),
+    Case("decode-d192-128", DECODES, heads(8, 192, 128), BF16),
+    Case("decode-d256", DECODES, heads(8, 256), BF16),
+    Case("mixed-d256", MIXED, heads(8, 256), BF16),
+    *(Case(f"decode-page-{p}", DECODES, heads(4, 128), BF16, page_size=p) for p in (1, 3, 128)),
+    Case("decode-mapped", DECODES, heads(4, 128), BF16, table="mapped", layout="hnd"),
+    Case("decode-window", DECODES, heads(4, 128), BF16, band=Band.window(50, 4)),
+    Case("decode-soft-cap", DECODES, heads(4, 128), BF16, variant="soft_cap"),
+    Case("decode-sinks", DECODES, heads(8), BF16, variant="sinks", band=Band.window(100)),
+    Case("decode-fp8", DECODES, heads(4, 128), BF16, FP8, scales="per_head"),
+    Case("mixed-fp8-d128", MIXED, heads(4, 128), FP16, FP8, page_size=1, layout="slots"),
+    Case("mixed-fp8-d256", MIXED, heads(2, 256), BF16, FP8, scales="one", strided=True),
+    Case("mixed-fp8-d192-128", MIXED, heads(1, 192, 128), BF16, FP8, layout="packed"),
+    Case("mixed-fp8-gemma", MIXED, heads(2, 256), BF16, FP8, variant="gemma"),
+    Case("drafts", DRAFTS, heads(4, 128), BF16),
+    Case("drafts-g1", DRAFTS, heads(1, 128), FP16, page_size=1, table="csr"),
+    Case("drafts-tree", DRAFTS, heads(4, 128), BF16, variant="tree"),
+    Case("drafts-fp8", DRAFTS, heads(8, 128), BF16, FP8, scales="one"),
+]
+
+# Most query tokens of a request (0: unlimited). Tile classes follow the capacity: all cases share
+# these three and with them their specialisations.
+STEPS = {"any": 0, "drafts": 8, "decode": 1}
+
+
+def capacity_of(step: str) -> Capacity:
+    """Return the capacity that every GPU case with steps of this kind is planned with."""
+    return Capacity(64, 1024, 2048, max_q_len=STEPS[step])
+
+
+def tensor_core_case(case: Case, dtype: torch.dtype) -> Case:
+    """Return the case as tensor cores take it.
+
+    float32 becomes ``dtype``; head dimensions become the next multiple of 16 (40 becomes 48).
+    """
+    shape = case.heads
+    dims = (-(-dim // 16) * 16 for dim in (shape.head_dim_qk, shape.head_dim_vo))
+    return dataclasses.replace(
+        case,
+        heads=HeadShape(shape.num_qo_heads, shape.num_kv_heads, *dims),
+        dtype=dtype if case.dtype == torch.float32 else case.dtype,
+    )
+
+
+def gpu_cases() -> list[tuple[str, Case]]:
+    """Return every case for the GPU with each kind of step (STEPS) that it fits."""
+    cases = [tensor_core_case(case, (BF16, FP16)[i % 2]) for i, case in enumerate(CASES)]
+    pairs = []
+    for case in [*cases, *GPU_CASES]:
+        longest = max((q_len for q_len, _ in case.lengths), default=0)
+        steps = ["any", "drafts"] if 1 < longest <= 8 else ["any"]
+        pairs += [(step, case) for step in ([*steps, "decode"] if longest == 1 else steps)]
+    return pairs
+
 
 def random_case(seed: int) -> Case:
     """Return a case with every dimension drawn at random; small enough for the oracle."""
@@ -110,4 +177,35 @@ def random_case(seed: int) -> Case:
         strided=rng.random() < 0.3,
         scales=rng.choice(("", "", "one", "per_head")),
         padding=rng.choice((0, 0, 3)),
+    )
+
+
+# Group size, head dimensions, dtypes and variant of random cases on the GPU: each is a
+# specialisation, everything else that random_case draws is not.
+RANDOM_LAYERS = (
+    (1, 64, 64, BF16, None, ""),
+    (4, 128, 128, BF16, None, ""),
+    (8, 128, 128, FP16, FP8, ""),
+    (3, 192, 128, BF16, None, ""),
+    (6, 64, 64, FP16, None, "alibi"),
+    (7, 112, 112, BF16, None, "sinks"),
+    (5, 80, 80, BF16, FP8, "tree"),
+    (8, 96, 96, FP16, None, "bits"),
+    (2, 256, 256, BF16, None, "gemma"),
+    (16, 64, 64, BF16, None, "sigmoid"),
+    (4, 128, 128, BF16, FP8, "soft_cap"),
+)
+
+
+def random_gpu_case(seed: int) -> Case:
+    """Return a random case with one of RANDOM_LAYERS in place of its heads, dtypes and variant."""
+    case = random_case(seed)
+    group, dim_qk, dim_vo, dtype, kv_dtype, variant = RANDOM_LAYERS[seed % len(RANDOM_LAYERS)]
+    kv_heads = case.heads.num_kv_heads
+    return dataclasses.replace(
+        case,
+        heads=HeadShape(group * kv_heads, kv_heads, dim_qk, dim_vo),
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        variant=variant,
     )

@@ -5,14 +5,39 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from cases import Case, make_out, make_problem
+from placing import copy_to, elements_around, to_device
 from torch import Tensor
 
-from fi_backend import Attention
+from fi_backend import (
+    Attention,
+    Capacity,
+    KvCacheView,
+    LayerClass,
+    StepPlanner,
+    attention,
+)
 from fi_backend.oracle import Problem
 from fi_backend.tolerance import assert_close
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a problem runs.
+
+    Attributes:
+        device: of the planner and all tensors.
+        capacity: of the planner; None: grows with the batches.
+    """
+
+    device: str = "cpu"
+    capacity: Capacity | None = None
+
+
+CPU = Place()
 
 
 @dataclass(frozen=True)
@@ -34,7 +59,30 @@ def num_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def make_layer(case: Case, problem: Problem, num_ctas: int | None = None) -> Attention:
+class PlannedLayer:
+    """One layer class with a planner of fixed capacity."""
+
+    def __init__(
+        self, layer_class: LayerClass, capacity: Capacity, device: str, num_ctas: int | None
+    ) -> None:
+        self.planner = StepPlanner([layer_class], capacity, device, num_ctas=num_ctas)
+        self.slot = self.planner.slot(0)
+        self.plan = self.planner.plan
+
+    def __call__(self, q: Tensor, kv: KvCacheView, **options: Any) -> Tensor:
+        return attention(self.slot, q, kv, **options)
+
+
+def layer_class_of(case: Case, problem: Problem) -> LayerClass:
+    return LayerClass(case.heads, case.dtype, case.kv_dtype, case.band, problem.variant)
+
+
+def make_layer(
+    case: Case, problem: Problem, num_ctas: int | None = None, place: Place = CPU
+) -> Attention | PlannedLayer:
+    if place.capacity is not None:
+        layer_class = layer_class_of(case, problem)
+        return PlannedLayer(layer_class, place.capacity, place.device, num_ctas)
     return Attention(
         case.heads,
         case.dtype,
@@ -45,15 +93,19 @@ def make_layer(case: Case, problem: Problem, num_ctas: int | None = None) -> Att
     )
 
 
-def run(case: Case, problem: Problem, num_ctas: int | None = None) -> Result:
-    """Plan and run a problem; outputs are NaN before the call."""
-    layer = make_layer(case, problem, num_ctas)
-    layer.plan(problem.batch)
+def run(case: Case, problem: Problem, num_ctas: int | None = None, place: Place = CPU) -> Result:
+    """Plan and run a CPU problem on a copy of it there; outputs, returned on the CPU, are NaN
+    before the call."""
     out = make_out(case, problem)
     if problem.partial:
         out = out.float()
     softmax = problem.variant is None or problem.variant.softmax
     lse = torch.full(out.shape[:2], torch.nan) if softmax else None
+    if place.device != "cpu":
+        problem, out = to_device(problem, place.device), copy_to(out, place.device)
+        lse = None if lse is None else lse.to(place.device)
+    layer = make_layer(case, problem, num_ctas, place)
+    layer.plan(problem.batch)
     layer(
         problem.q,
         problem.kv,
@@ -65,17 +117,28 @@ def run(case: Case, problem: Problem, num_ctas: int | None = None) -> Result:
         params=problem.params,
         partial=problem.partial,
     )
-    return Result(out, lse)
+    return Result(copy_to(out, "cpu"), None if lse is None else lse.cpu())
 
 
 def compare(result: Result, problem: Problem) -> None:
-    """Hold a result against the oracle; padding rows must not have been written."""
+    """Hold a result against the oracle; nothing else may have been written."""
     with num_threads(1):  # many small products: threads only get in each other's way
         assert_close(result.out, result.lse, problem)
-    assert result.out[problem.num_tokens :].isnan().all()
+    assert result.out[problem.num_tokens :].isnan().all(), "a padding row was written"
 
 
-def check(case: Case, num_ctas: int | None = None, seed: int = 0) -> None:
+def check(case: Case, num_ctas: int | None = None, seed: int = 0, place: Place = CPU) -> None:
     """Make, run and compare a case."""
-    problem = make_problem(case, seed)
-    compare(run(case, problem, num_ctas), problem)
+    check_problem(case, make_problem(case, seed), num_ctas, place)
+
+
+def check_problem(
+    case: Case, problem: Problem, num_ctas: int | None = None, place: Place = CPU
+) -> Result:
+    """Run a problem, compare the result, and look at the gaps between rows and heads of out."""
+    result = run(case, problem, num_ctas, place)
+    compare(result, problem)
+    assert elements_around(result.out).isnan().all(), "a gap of out was written"
+    if result.lse is not None:
+        assert result.lse[problem.num_tokens :].isnan().all(), "a padding row of lse was written"
+    return result

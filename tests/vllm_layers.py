@@ -81,9 +81,11 @@ def vllm_config(layers: Sequence[Any], dtype: torch.dtype, **scheduler: int) -> 
     sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 256, "max_num_encoder_input_tokens": 0}
     return SimpleNamespace(
         compilation_config=SimpleNamespace(
-            static_forward_context={layer.layer_name: layer for layer in layers}
+            static_forward_context={layer.layer_name: layer for layer in layers},
+            cudagraph_mode=None,
         ),
         model_config=SimpleNamespace(dtype=dtype, max_model_len=512),
+        parallel_config=SimpleNamespace(use_ubatching=False),
         scheduler_config=SimpleNamespace(**(sizes | scheduler)),
         speculative_config=None,
     )
@@ -95,6 +97,8 @@ def make_builder(
     dtype: torch.dtype = torch.float32,
     builder_cls: type[StepMetadataBuilder] = StepMetadataBuilder,
     spec: Any = None,
+    *,
+    speculative_config: Any = None,
 ) -> StepMetadataBuilder:
     """A builder of one group, as the model runner makes it."""
     impl = layers[0].impl
@@ -102,7 +106,9 @@ def make_builder(
         block_size=page_size, num_kv_heads=impl.num_kv_heads, head_size=impl.head_size, dtype=dtype
     )
     names = [layer.layer_name for layer in layers]
-    return builder_cls(spec, names, vllm_config(layers, dtype), torch.device("cpu"))
+    config = vllm_config(layers, dtype)
+    config.speculative_config = speculative_config
+    return builder_cls(spec, names, config, torch.device("cpu"))
 
 
 @dataclass

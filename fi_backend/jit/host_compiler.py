@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from fi_backend.errors import CompileFailed, Unsupported, contract_message
 from fi_backend.jit.cache import Built, default_cache
+from fi_backend.jit.headers import INCLUDE_ROOT, headers_hash
 
 # -march=native: the CPU is part of the key. No errno, no traps: loops with sqrt and with choices
 # between floats vectorise.
@@ -33,10 +33,8 @@ FLAGS = (
     "-shared",
     "-fvisibility=hidden",
 )
-INCLUDE_ROOT = Path(__file__).parents[1] / "include"
 SHIPPED_NEED_NONE = "the shipped variants need no compiler"
 _CANDIDATES = ("c++", "g++", "clang++")
-_INCLUDE = re.compile(r'^#include "(fi/[^"]+)"', re.MULTILINE)
 
 logger = logging.getLogger(__name__)
 
@@ -146,18 +144,6 @@ def _build(key: str, source: str, title: str, command: list[str]) -> Built:
                 f"key: {key}\ncommand: {shlex.join(full)}\nlog:\n{log}"
             )
         return Built((root / "variant.so").read_bytes(), title, log)
-
-
-def headers_hash(source: str) -> str:
-    """Return the hash of all headers of fi/ that the source reaches."""
-    seen: dict[str, str] = {}
-    waiting = _INCLUDE.findall(source)
-    while waiting:
-        name = waiting.pop()
-        if name not in seen:
-            seen[name] = (INCLUDE_ROOT / name).read_text()
-            waiting += _INCLUDE.findall(seen[name])
-    return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
 
 
 @cache

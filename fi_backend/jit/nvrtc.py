@@ -7,16 +7,25 @@ Source: NVRTC documentation, CUDA 13.0.
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from fi_backend.errors import CompileFailed, Unsupported, contract_message
+from fi_backend.errors import CompileFailed, Unsupported, contract_message, require
+from fi_backend.jit.headers import headers_hash, reachable_headers
 from fi_backend.nvidia import Nvrtc, find_nvrtc
 
-INCLUDE_ROOT = Path(__file__).parent.parent / "include"
+# No fast math: variant functions agree with their oracle to rounding, and what may be approximate
+# (exp2 of the softmax) says so in its own name. The assembler's report is kept with the cubin.
+FLAGS = ("--std=c++20", "--ptxas-options=-v")
+CPU_ENGINE_WORKS = "the CPU engine works without it"
+# What the device headers take from CUDA's.
+_CUDA_HEADERS = ("cuda_fp16", "cuda_bf16", "cuda_fp8")
 # Messages of the assembler that mean a slower kernel although compilation succeeds.
 _ASSEMBLER_ADVICE = re.compile(r"\((C75\d\d)\)")
 
@@ -54,44 +63,85 @@ class Cubin:
         return sorted(set(_ASSEMBLER_ADVICE.findall(self.log)))
 
 
-def compile_cubin(source: str, arch: str, options: Sequence[str] = ()) -> Cubin:
-    """Compile device code to machine code.
+def cubin_key(source: str, arch: str, options: Sequence[str] = ()) -> str:
+    """Return the hash of everything that machine code depends on; file-name-safe.
+
+    Raises:
+        Unsupported: no NVRTC, or no CUDA headers, on this machine.
+    """
+    parts = [source, arch, *FLAGS, *options, compiler_identity(), headers_hash(source)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@cache
+def compiler_identity() -> str:
+    """Return what tells this NVRTC and its CUDA headers from others, wherever they are installed.
+
+    The library knows its version as major.minor only; file sizes tell patch releases apart.
+
+    Raises:
+        Unsupported: no NVRTC, or no CUDA headers, on this machine.
+    """
+    found = _found()
+    files = [found.path]
+    for folder in _cuda_headers(found):
+        files += [folder / f"{name}{end}" for name in _CUDA_HEADERS for end in (".h", ".hpp")]
+    sizes = [file.stat().st_size for file in files if file is not None and file.is_file()]
+    return f"nvrtc {found.version} {sizes}"
+
+
+def compile_cubin(
+    source: str, arch: str, options: Sequence[str] = (), title: str = "source"
+) -> Cubin:
+    """Compile device code to machine code; safe to call from many threads at once.
 
     Args:
         source: one translation unit; includes come from the package and the CUDA headers.
         arch: such as "sm_90a"; wgmma needs exactly that.
         options: further NVRTC options.
+        title: what it is, for messages.
 
     Returns:
         The cubin and the compiler's report.
 
     Raises:
         Unsupported: no NVRTC, or no CUDA headers, on this machine.
-        CompileFailed: the source does not compile; the message carries the log.
+        CompileFailed: the source does not compile; the message has the key, the command, the log
+            and the source.
     """
-    library, headers = _load()
-    flags = [
-        f"--gpu-architecture={arch}",
-        "--std=c++20",
-        f"-I{INCLUDE_ROOT}",
-        *(f"-I{folder}" for folder in headers),
-        "--ptxas-options=-v",
-        *options,
-    ]
+    library, include_folders = _load()
+    flags = [f"--gpu-architecture={arch}", *FLAGS, *options]
+    flags += [f"-I{folder}" for folder in include_folders]
+    headers = reachable_headers(source)
     program = ctypes.c_void_p()
-    _check(library, library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"fi.cu",
-                                               0, None, None))  # fmt: skip
+    _check(
+        library,
+        library.nvrtcCreateProgram(
+            ctypes.byref(program),
+            source.encode(),
+            b"fi.cu",
+            len(headers),
+            _strings(list(headers.values())),
+            _strings(list(headers)),
+        ),
+    )
     try:
-        encoded = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
-        failed = library.nvrtcCompileProgram(program, len(flags), encoded)
+        code = library.nvrtcCompileProgram(program, len(flags), _strings(flags))
         log = _read(library, program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
-        if failed:
+        if code:
+            rule, hint = "device code that compiles", "the log says why"
+            sentence = contract_message(title, rule, _reason(library, code), hint)
             raise CompileFailed(
-                contract_message("source", "device code that compiles", f"\n{log}", source)
+                f"{sentence}\nkey: {cubin_key(source, arch, options)}\n"
+                f"command: nvrtc {shlex.join(flags)} fi.cu\nlog:\n{log}\nsource:\n{source}"
             )
         return Cubin(_read(library, program, "CUBIN"), log)
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _strings(texts: Sequence[str]) -> ctypes.Array[ctypes.c_char_p]:
+    return (ctypes.c_char_p * len(texts))(*(text.encode() for text in texts))
 
 
 def _read(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
@@ -104,18 +154,31 @@ def _read(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
 
 def _check(library: ctypes.CDLL, code: int) -> None:
     if code:
-        library.nvrtcGetErrorString.restype = ctypes.c_char_p
-        reason = library.nvrtcGetErrorString(code).decode()
+        reason = _reason(library, code)
         raise CompileFailed(contract_message("nvrtc", "success", reason, "run fi-backend doctor"))
+
+
+def _reason(library: ctypes.CDLL, code: int) -> str:
+    library.nvrtcGetErrorString.restype = ctypes.c_char_p
+    text: bytes = library.nvrtcGetErrorString(code)
+    return text.decode()
+
+
+@cache
+def _found() -> Nvrtc:
+    found = find_nvrtc()
+    rule, places = "NVIDIA's run-time compiler", "; ".join(found.searched)
+    hint = f"pip install nvidia-cuda-nvrtc nvidia-cuda-runtime; {CPU_ENGINE_WORKS}"
+    usable = found.path is not None and found.version is not None
+    got = f"{found.path}, which does not load" if found.path else f"none at {places}"
+    require(usable, "nvrtc", rule, got, hint, kind=Unsupported)
+    return found
 
 
 @cache
 def _load() -> tuple[ctypes.CDLL, tuple[Path, ...]]:
-    found = find_nvrtc()
-    if found.path is None:
-        places = "; ".join(found.searched)
-        hint = "pip install nvidia-cuda-nvrtc nvidia-cuda-runtime"
-        raise Unsupported(contract_message("nvrtc", f"a library at {places}", "none", hint))
+    found = _found()
+    assert found.path is not None
     # Loaded by path it does not find its builtins: they must be there first.
     for builtins in sorted(found.path.parent.glob("libnvrtc-builtins*.so*")):
         if ".alt" not in builtins.name:
@@ -131,7 +194,6 @@ def _cuda_headers(found: Nvrtc) -> tuple[Path, ...]:
     headers = tuple(folder for folder in places if (folder / "cuda_bf16.h").is_file())
     if not headers:
         rule = f"cuda_bf16.h in {' or '.join(map(str, places))}"
-        raise Unsupported(
-            contract_message("cuda headers", rule, "none", "pip install nvidia-cuda-runtime")
-        )
+        hint = f"pip install nvidia-cuda-runtime; {CPU_ENGINE_WORKS}"
+        raise Unsupported(contract_message("cuda headers", rule, "none", hint))
     return headers

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fi_backend.variants.frontend import Function
 from fi_backend.variants.printer import content_key, print_function
+from fi_backend.variants.variant import KINDS, Variant
 
 _LOOPS = {"logits": "edit_logits", "mask": "mask_logits", "output": "edit_output"}
 _INCLUDES = '#include "fi/attention/interval.h"\n#include "fi/cpu/variant_loops.h"\n'
@@ -49,6 +50,32 @@ def library_source(functions: Sequence[Function]) -> str:
         f"namespace fi::variants {{\nnamespace {{\n\n{structs}\n}}  // namespace\n"
         f"}}  // namespace fi::variants\n\n" + "\n".join(entries)
     )
+
+
+def device_structs(functions: Sequence[Function]) -> str:
+    """Return the namespace that holds printed functions in device code, each once; may be empty."""
+    structs = "\n".join({struct_name(f): print_struct(f) for f in functions}.values())
+    if not structs:
+        return ""
+    # No unnamed namespace: members that device code leaves unused would be warned about.
+    return f"namespace fi::variants {{\n\n{structs}\n}}  // namespace fi::variants\n"
+
+
+def device_variant(variant: Variant | None) -> str:
+    """Return the C++ type of a variant (fi/attention/variant.h); None: plain softmax attention.
+
+    The parameters of all functions follow one another in the order of ``all_functions``.
+    """
+    if variant is None:
+        return "Variant<true, Functions<>, Functions<>, Functions<>>"
+    lists, first = [], 0
+    for kind in KINDS:
+        bound = []
+        for function in variant.functions(kind):
+            bound.append(f"Bound<variants::{struct_name(function)}, {first}>")
+            first += len(function.params)
+        lists.append(f"Functions<{', '.join(bound)}>")
+    return f"Variant<{'true' if variant.softmax else 'false'}, {', '.join(lists)}>"
 
 
 def core_source(functions: Sequence[tuple[str, Function]]) -> str:

@@ -16,29 +16,17 @@ from typing import TypeAlias
 import torch
 
 from fi_backend import _core
-from fi_backend.errors import CompileFailed, InvalidInput, contract_message, require
+from fi_backend.errors import CompileFailed, contract_message
 from fi_backend.jit.host_compiler import compile_library
+from fi_backend.variants.binding import ParamTuple, bind_params
 from fi_backend.variants.evaluate import Params
 from fi_backend.variants.frontend import Function
-from fi_backend.variants.ir import Const, Input, Load, walk
-from fi_backend.variants.params import Param, Scalar
 from fi_backend.variants.printer import content_key
 from fi_backend.variants.source_text import library_source, symbols
 from fi_backend.variants.variant import Variant
 
-# (data address, strides in elements, scalar): fi::VariantParam.
-ParamTuple: TypeAlias = tuple[int, tuple[int, int, int], float]
 # (logits, mask, mask_kind, output addresses, parameters): fi::VariantStage; 0: none.
 StageTuple: TypeAlias = tuple[int, int, int, int, list[ParamTuple]]
-
-
-@dataclass(frozen=True)
-class Extent:
-    """A tensor axis that is subscripted by a bare word: it must be as long as the word's range."""
-
-    param: str
-    axis: int
-    word: str
 
 
 @dataclass(frozen=True)
@@ -50,16 +38,12 @@ class StageFunctions:
         mask_addr: fi::MaskFn, 0: none.
         mask_kind_addr: fi::MaskKindFn, 0: none.
         output_addr: fi::OutputFn, 0: none.
-        params: what the stage's VariantParam array holds, in order.
-        extents: tensor axes whose length follows from how they are read.
     """
 
     logits_addr: int
     mask_addr: int
     mask_kind_addr: int
     output_addr: int
-    params: tuple[Param, ...]
-    extents: tuple[Extent, ...]
 
 
 @dataclass(frozen=True)
@@ -113,43 +97,12 @@ def bind_stages(
             CPU.
         Unsupported, CompileFailed: as ``compile_stages``.
     """
-    sizes = sizes or {}
-    values = variant.values(params)
-    tensors = {name: v for name, v in values.items() if isinstance(v, torch.Tensor)}
-    for name, tensor in tensors.items():
-        hint = "move it to the device of q"
-        on_cpu = tensor.device.type == "cpu"
-        require(on_cpu, f"params[{name!r}]", "a CPU tensor", tensor.device, hint)
-    stages: list[StageTuple] = []
-    for stage in compile_stages(variant):
-        for extent in stage.extents:
-            _require_extent(extent, tensors[extent.param].shape[extent.axis], sizes)
-        packed = [_param_tuple(values[p.name]) for p in stage.params]
-        addresses = (stage.logits_addr, stage.mask_addr, stage.mask_kind_addr, stage.output_addr)
-        stages.append((*addresses, packed))
-    sinks_addr = 0
-    if variant.sinks is not None:
-        sinks = tensors[variant.sinks]
-        name = f"params[{variant.sinks!r}]"
-        require(sinks.is_contiguous(), name, "a contiguous tensor", sinks.stride(), "copy it once")
-        _require_extent(Extent(variant.sinks, 0, "q_head"), sinks.shape[0], sizes)
-        sinks_addr = sinks.data_ptr()
-    return BoundVariant(stages, variant.softmax, sinks_addr, tuple(tensors.values()))
-
-
-def _require_extent(extent: Extent, length: int, sizes: Mapping[str, int]) -> None:
-    needed = sizes.get(extent.word, 0)
-    if length < needed:
-        rule = f"at least {needed} elements along axis {extent.axis}, one per {extent.word}"
-        hint = f"{extent.word} runs from 0 to {needed - 1} in this call"
-        raise InvalidInput(contract_message(f"params[{extent.param!r}]", rule, length, hint))
-
-
-def _param_tuple(value: torch.Tensor | float | int) -> ParamTuple:
-    if not isinstance(value, torch.Tensor):
-        return 0, (0, 0, 0), float(value)
-    padded = (*value.stride(), 0, 0)
-    return value.data_ptr(), (padded[0], padded[1], padded[2]), 0.0
+    bound = bind_params(variant, params, sizes)
+    stages: list[StageTuple] = [
+        (f.logits_addr, f.mask_addr, f.mask_kind_addr, f.output_addr, list(values))
+        for f, values in zip(compile_stages(variant), bound.functions, strict=True)
+    ]
+    return BoundVariant(stages, variant.softmax, bound.sinks_addr, bound.tensors)
 
 
 def _stage(function: Function) -> StageFunctions:
@@ -159,20 +112,7 @@ def _stage(function: Function) -> StageFunctions:
         mask_addr=run if function.kind == "mask" else 0,
         mask_kind_addr=kind,
         output_addr=run if function.kind == "output" else 0,
-        params=function.params,
-        extents=tuple(_extents(function)),
     )
-
-
-def _extents(function: Function) -> list[Extent]:
-    names = {p.argument: p.name for p in function.params if not isinstance(p, Scalar)}
-    return [
-        Extent(names[load.argument], axis, index.name)
-        for load in walk(function.result)
-        if isinstance(load, Load) and isinstance(load.guard, Const) and load.guard.value
-        for axis, index in enumerate(load.indices)
-        if isinstance(index, Input)
-    ]
 
 
 def _load_missing(name: str, functions: list[Function]) -> None:

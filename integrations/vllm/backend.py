@@ -81,8 +81,16 @@ class FiBackend(AttentionBackend):
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
         """Return whether the kernels serve this head dimension."""
-        device = current_platform.device_type
-        return not why_not(AttentionConfig(1, 1, head_size, device=device))
+        config = AttentionConfig(
+            num_qo_heads=1,
+            num_kv_heads=1,
+            head_dim_qk=head_size,
+            dtype=torch.bfloat16,
+            device=current_platform.device_type,
+            # vLLM asks NVML, which leaves this process fit to be forked.
+            compute_capability=current_platform.get_device_capability(),
+        )
+        return not why_not(config)
 
     @classmethod
     def supports_sink(cls) -> bool:

@@ -11,14 +11,16 @@ class Stats:
 
     Attributes:
         steps: metadata builds, one per KV cache group and model step.
+        decode_steps: those of them planned for the kernel of decode steps.
         planned_requests: requests summed over builds.
         planned_tokens: query tokens summed over builds.
-        forwards: attention layers run.
+        forwards: attention layers run by Python; a replayed CUDA graph does not count.
         profiling_forwards: layers asked to run without a batch (memory profiling, warm-up).
-        appended_tokens: tokens written to KV caches, summed over layers.
+        appended_tokens: slots handed to KV cache writes by Python, summed over layers.
     """
 
     steps: int = 0
+    decode_steps: int = 0
     planned_requests: int = 0
     planned_tokens: int = 0
     forwards: int = 0

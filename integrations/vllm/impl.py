@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl
 
 from fi_backend import (
@@ -22,8 +24,10 @@ from fi_backend import (
 from . import support
 from .counters import counts
 from .kv_layout import kv_view
+from .limits import StepLimits
 from .logits import LayerLogits
 from .metadata import StepMetadata
+from .scratch import DeviceScratch, reserve_scratch
 
 
 class FiAttentionImpl(AttentionImpl[StepMetadata]):
@@ -67,6 +71,21 @@ class FiAttentionImpl(AttentionImpl[StepMetadata]):
         self._fp8 = kv_cache_dtype in support.FP8_NAMES
         self._bound: Tensor | None = None
         self._view: KvCacheView | None = None
+        self._scratch = self._reserve_scratch()
+
+    def _reserve_scratch(self) -> DeviceScratch | None:
+        """Take a GPU's scratch memory now, while vLLM counts what the model holds.
+
+        vLLM sizes the KV cache by what is left; the planners that use it come after that.
+        """
+        if current_platform.device_type != "cuda":
+            return None
+        vllm_config = get_current_vllm_config()
+        model: Any = vllm_config.model_config  # its dtype is declared wider than it is by now
+        causal = self.attn_type == support.DECODER
+        layer_class = self.layer_class(causal, model.dtype, self.head_size)
+        device = torch.device("cuda", torch.cuda.current_device())
+        return reserve_scratch(device, [layer_class], StepLimits.of(vllm_config))
 
     @property
     def reads_cache(self) -> bool:
@@ -170,6 +189,10 @@ class FiAttentionImpl(AttentionImpl[StepMetadata]):
         )
         counts.forwards += 1
         return output
+
+    def forget_cache(self) -> None:
+        """Let go of the cache seen last."""
+        self._bound = self._view = None
 
     def _cache_view(self, kv_cache: Tensor) -> KvCacheView:
         """Return the view of a cache; vLLM passes the same tensor at every step."""

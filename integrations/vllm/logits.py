@@ -40,10 +40,18 @@ class LayerLogits:
         return self._params
 
     def bind_weights(self) -> None:
-        """Take over sinks that the checkpoint has filled; the kernels want them in fp32."""
-        if self._sink_logits is not None:
-            filled = self._sink_logits.detach()
-            self._params["sinks"] = filled.to(torch.float32).contiguous()
+        """Take over sinks that the checkpoint has filled; the kernels want them in fp32.
+
+        Weights that are loaded again go where CUDA graphs read the first ones.
+        """
+        if self._sink_logits is None:
+            return
+        filled = self._sink_logits.detach().to(torch.float32).contiguous()
+        bound = self._params.get("sinks")
+        if isinstance(bound, Tensor) and bound.data_ptr() != filled.data_ptr():
+            bound.copy_(filled)
+        else:
+            self._params["sinks"] = filled
 
 
 @cache

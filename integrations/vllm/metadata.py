@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from vllm import envs
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadata,
@@ -28,19 +29,18 @@ from fi_backend import (
 
 from . import support
 from .counters import counts
+from .graphs import takes_decode_plan
+from .limits import StepLimits
 from .recorder import recorder
+from .scratch import invariant_chunk, shared_workspace
 from .threads import start_threads
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
-    from vllm.v1.kv_cache_interface import AttentionSpec
+    from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
     from .impl import FiAttentionImpl
-
-# KV positions between cuts when vLLM asks for batch invariance: a few tiles, so that one long
-# request still spreads over all threads.
-INVARIANT_CHUNK = 512
 
 
 @dataclass
@@ -66,14 +66,23 @@ class _GroupPlan:
     slots: Mapping[str, PlanSlot]
 
 
+@dataclass(frozen=True)
+class _GroupPlans:
+    """The planner of any step, and that of decode steps, whose kernel holds nothing else."""
+
+    general: _GroupPlan
+    decode: _GroupPlan | None
+
+
 class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
     """Plans each step of one group of layers, which share a page table.
+
+    On a GPU, ``build`` enqueues the planning kernels and returns: nothing is read back, nothing
+    waits. vLLM calls it before it replays a graph, and the graph reads the plan it wrote.
 
     Raises:
         Unsupported: a layer that is not served; the message lists all reasons.
     """
-
-    _cudagraph_support = AttentionCGSupport.NEVER
 
     def __init__(
         self,
@@ -88,17 +97,30 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         impls: list[FiAttentionImpl] = [layer.impl for layer in self._layers.values()]
         self._reads_cache = all(impl.reads_cache for impl in impls)
         self._page_size: int = kv_cache_spec.block_size
-        self._capacity = _capacity(vllm_config, kv_cache_spec)
-        self._plans: dict[bool, _GroupPlan] = {}
+        chunk = getattr(kv_cache_spec, "attention_chunk_size", None)
+        self._limits = StepLimits.of(vllm_config, chunk)
+        self._plans: dict[bool, _GroupPlans] = {}
         if device.type == "cpu":
             start_threads()
-        # What the group will ask for first, so that memory is taken and refusals come at start.
-        self._plan_for(causal=all(impl.attn_type == support.DECODER for impl in impls))
+        # What the group will ask for first, so that memory is taken, kernels are compiled and
+        # refusals come at start.
+        self._plans_for(causal=all(impl.attn_type == support.DECODER for impl in impls))
+        self._seen: tuple[tuple[object, ...], PagedBatch | None] = ((), None)
         self._own_pages: Tensor | None = None
         if not self._reads_cache:
-            self._own_pages = torch.arange(
-                self._capacity.max_tokens, dtype=torch.int32, device=device
-            )
+            tokens = self._limits.general.max_tokens
+            self._own_pages = torch.arange(tokens, dtype=torch.int32, device=device)
+        # vLLM builds a small cache and builders to measure graphs, then drops both and takes all
+        # memory that is left: a view of the small cache must not outlive them.
+        weakref.finalize(self, _forget_caches, impls).atexit = False
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> AttentionCGSupport:
+        """Return that a GPU's graphs replay any batch within their captured size."""
+        on_gpu = current_platform.device_type == "cuda"
+        return AttentionCGSupport.ALWAYS if on_gpu else AttentionCGSupport.NEVER
 
     def build(
         self,
@@ -112,6 +134,9 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             common_prefix_len: not used; vLLM passes 0.
             common_attn_metadata: the step, in vLLM's words.
             fast_build: not used; planning costs the same either way.
+
+        Graphs: a captured layer keeps the address of the page table and of its slot. vLLM passes
+        the same table memory at every step, and ``takes_decode_plan`` chooses the same slot.
         """
         step = common_attn_metadata
         causal = step.causal
@@ -119,8 +144,9 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             what = "one value for the whole batch"
             support.refuse([support.sentence("causal", what, "one per request", support.KEEP_VLLM)])
         batch = self._batch(step)
-        group = self._plan_for(causal=bool(causal))
+        group = self._plan_of(step, causal=bool(causal))
         group.planner.plan(batch)
+        # In vLLM's host copy: padded requests of a captured size have no tokens.
         num_tokens = int(step.query_start_loc_cpu[step.num_reqs])
         recorder.offer(batch, num_tokens, group.slots)
         counts.steps += 1
@@ -129,21 +155,40 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         return StepMetadata(num_tokens, group.slots, step.slot_mapping)
 
     def _batch(self, step: CommonAttentionMetadata) -> PagedBatch:
-        requests = step.num_reqs
+        """Return the step as views of vLLM's memory.
+
+        vLLM refills the same memory at every step: as long as the number of requests stays, so do
+        the views. The ones kept keep their memory alive, so equal addresses mean equal memory.
+        """
+        requests, pages = step.num_reqs, step.block_table_tensor
+        lengths = (step.query_start_loc.data_ptr(), step.seq_lens.data_ptr())
+        key = (requests, *lengths, pages.data_ptr(), pages.stride(), pages.shape[1])
+        known, batch = self._seen
+        if batch is not None and key == known:
+            return batch
         qo_indptr = step.query_start_loc[: requests + 1]
-        kv_len = step.seq_lens[:requests]
         if self._own_pages is None:
-            table = PageTable.dense(step.block_table_tensor[:requests], self._page_size)
+            table = PageTable.dense(pages[:requests], self._page_size)
         else:  # K and V are the step's own tokens: request r's pages are its query rows
             table = PageTable.csr(qo_indptr, self._own_pages, 1)
-        return PagedBatch(qo_indptr, kv_len, table)
+        batch = PagedBatch(qo_indptr, step.seq_lens[:requests], table)
+        self._seen = (key, batch)
+        return batch
 
-    def _plan_for(self, *, causal: bool) -> _GroupPlan:
+    def _plan_of(self, step: CommonAttentionMetadata, *, causal: bool) -> _GroupPlan:
+        plans, longest = self._plans_for(causal=causal), self._limits.decode.max_q_len
+        mode = self.vllm_config.compilation_config.cudagraph_mode
+        if plans.decode is None or not takes_decode_plan(mode, step.max_query_len, longest):
+            return plans.general
+        counts.decode_steps += 1
+        return plans.decode
+
+    def _plans_for(self, *, causal: bool) -> _GroupPlans:
         if causal not in self._plans:
-            self._plans[causal] = self._make_plan(causal)
+            self._plans[causal] = self._make_plans(causal)
         return self._plans[causal]
 
-    def _make_plan(self, causal: bool) -> _GroupPlan:
+    def _make_plans(self, causal: bool) -> _GroupPlans:
         dtype = self.vllm_config.model_config.dtype
         index: dict[LayerClass, int] = {}
         slot_of: dict[str, int] = {}
@@ -159,26 +204,29 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                 for reason in why_not(AttentionConfig.of(layer_class, self.device))
             ]
         )
-        planner = StepPlanner(
-            classes,
-            self._capacity,
-            self.device,
-            batch_invariant_chunk=INVARIANT_CHUNK if envs.VLLM_BATCH_INVARIANT else 0,
-        )
-        return _GroupPlan(planner, {name: planner.slot(i) for name, i in slot_of.items()})
+        chunk = invariant_chunk()
+
+        def plan_within(capacity: Capacity) -> _GroupPlan:
+            planner = StepPlanner(
+                classes,
+                capacity,
+                self.device,
+                batch_invariant_chunk=chunk,
+                workspace=shared_workspace(self.device, self.vllm_config, classes, self._limits),
+            )
+            return _GroupPlan(planner, {name: planner.slot(i) for name, i in slot_of.items()})
+
+        # A request's bits must not depend on whether others of its step are prefilled: one kernel.
+        decodes = has_decode_kernel(self.device) and self._reads_cache and not chunk
+        decode = plan_within(self._limits.decode) if decodes else None
+        return _GroupPlans(plan_within(self._limits.general), decode)
 
 
-def _capacity(vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> Capacity:
-    """Return the largest step that the engine can ask of one group."""
-    scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
-    requests, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
-    drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0
-    # Drafting appends up to this many tokens to every request, past the scheduler's budget.
-    tokens += requests * (drafts + 1)
-    kv_len = model.max_model_len + drafts + 1
-    chunk = getattr(kv_cache_spec, "attention_chunk_size", None)
-    if chunk:
-        # Local attention: vLLM cuts requests at multiples of the chunk and passes the pieces as
-        # requests: at most two partial pieces each, and the whole ones.
-        requests = 2 * requests + tokens // chunk
-    return Capacity(requests, tokens, max(kv_len, scheduler.max_num_encoder_input_tokens))
+def has_decode_kernel(device: torch.device) -> bool:
+    """Return whether steps without prefills have a kernel of their own."""
+    return device.type == "cuda"
+
+
+def _forget_caches(impls: list[FiAttentionImpl]) -> None:
+    for impl in impls:
+        impl.forget_cache()

@@ -68,7 +68,8 @@ def selection_reasons(device: str, fields: Mapping[str, Any]) -> list[str]:
 
     Args:
         device: type of the device that the engine runs on.
-        fields: vLLM's AttentionSelectorConfig as a dict; its fields differ between versions.
+        fields: vLLM's AttentionSelectorConfig as a dict; its fields differ between versions. With
+            device_capability the driver is not asked: this may run in a process that vLLM forks.
     """
     reasons = list(_flag_reasons(fields))
     attn_type = str(getattr(fields.get("attn_type"), "value", fields.get("attn_type", DECODER)))
@@ -89,6 +90,7 @@ def selection_reasons(device: str, fields: Mapping[str, Any]) -> list[str]:
         kv_dtype=KV_DTYPES.get(name),
         page_size=fields.get("block_size") or 1,
         device=device,
+        compute_capability=fields.get("device_capability"),
     )
     return reasons + why_not(config)
 

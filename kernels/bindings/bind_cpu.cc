@@ -16,7 +16,6 @@ namespace py = pybind11;
 namespace fi {
 namespace {
 
-using cpu::AppendParams;
 using cpu::AttentionParams;
 using cpu::MergeParams;
 
@@ -173,22 +172,7 @@ void bind_attention_params(py::module_& m) {
            py::arg("sinks"));
 }
 
-void bind_append_and_merge_params(py::module_& m) {
-  py::class_<AppendParams> append(m, "AppendParams");
-  def_address(append, "k", &AppendParams::k);
-  def_address(append, "v", &AppendParams::v);
-  def_address(append, "slots", &AppendParams::slots);
-  def_dtype(append, "dtype", &AppendParams::dtype);
-  append.def(py::init([] { return AppendParams{}; }))
-      .def_readwrite("k_stride_token", &AppendParams::k_stride_token)
-      .def_readwrite("k_stride_head", &AppendParams::k_stride_head)
-      .def_readwrite("v_stride_token", &AppendParams::v_stride_token)
-      .def_readwrite("v_stride_head", &AppendParams::v_stride_head)
-      .def_readwrite("num_tokens", &AppendParams::num_tokens)
-      .def_readwrite("heads", &AppendParams::heads)
-      .def_readwrite("kv", &AppendParams::kv)
-      .def_readwrite("k_scale", &AppendParams::k_scale)
-      .def_readwrite("v_scale", &AppendParams::v_scale);
+void bind_merge_params(py::module_& m) {
   py::class_<MergeParams> merge(m, "MergeParams");
   def_address(merge, "o", &MergeParams::o);
   def_address(merge, "lse", &MergeParams::lse);
@@ -234,14 +218,6 @@ void run_attention(const OwnedAttentionParams& params, int num_threads) {
   cpu::run_attention(params, num_threads);
 }
 
-void append_kv(const AppendParams& params, int num_threads) {
-  require_threads(num_threads);
-  require_heads({params.heads.num_kv_heads, params.heads.num_kv_heads, params.heads.head_dim_qk,
-                 params.heads.head_dim_vo});
-  py::gil_scoped_release release;
-  cpu::append_kv(params, num_threads);
-}
-
 void merge_states(const MergeParams& params, int num_threads) {
   require_threads(num_threads);
   py::gil_scoped_release release;
@@ -253,9 +229,8 @@ void merge_states(const MergeParams& params, int num_threads) {
 void bind_cpu(py::module_& m) {
   bind_views(m);
   bind_attention_params(m);
-  bind_append_and_merge_params(m);
+  bind_merge_params(m);
   m.def("run_attention", &run_attention, py::arg("params"), py::arg("num_threads"));
-  m.def("append_kv", &append_kv, py::arg("params"), py::arg("num_threads"));
   m.def("merge_states", &merge_states, py::arg("params"), py::arg("num_threads"));
   m.def("active_isa", &cpu::active_isa);
   m.def(

@@ -50,11 +50,30 @@ void bind_records(py::module_& m) {
       .def_readonly("max_partial_rows", &PlanLayout::max_partial_rows);
 }
 
+// Rows strictly ascend; nothing is free, or a cut could not be found by its cost.
+void require_classes(const std::vector<TileClass>& classes) {
+  bool is_legal = !classes.empty() && classes.size() <= kMaxTileClasses;
+  int32_t rows = 0;
+  std::string got;
+  for (const TileClass& c : classes) {
+    is_legal = is_legal && c.rows > rows && c.kv_tile > 0 && c.c_fixed > 0 && c.c_tile > 0;
+    rows = c.rows;
+    got += "(" + std::to_string(c.rows) + ", " + std::to_string(c.kv_tile) + ", " +
+           std::to_string(c.c_fixed) + ", " + std::to_string(c.c_tile) + ")";
+  }
+  if (is_legal) return;
+  throw py::value_error("classes: expected 1 to " + std::to_string(kMaxTileClasses) +
+                        " tile classes of positive (rows, kv_tile, c_fixed, c_tile), ascending by "
+                        "rows, got [" +
+                        got + "]; take them from the engine's table");
+}
+
 void bind_config(py::module_& m) {
   py::class_<host::PlanConfig>(m, "PlanConfig")
       .def(py::init([](int32_t num_qo_heads, int32_t num_kv_heads, int32_t num_ctas, Band band,
                        int32_t invariant_chunk, std::vector<TileClass> classes,
                        PlanCapacity capacity) {
+             require_classes(classes);
              return host::PlanConfig{num_qo_heads,    num_kv_heads,       num_ctas, band,
                                      invariant_chunk, std::move(classes), capacity};
            }),

@@ -3,8 +3,12 @@
 #include "bindings/bind.h"
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "Native core of fi_backend: planner and CPU engine.";
+  m.doc() = "Native core of fi_backend: planner, CPU engine and kernel launches.";
   fi::bind_plan(m);
   fi::bind_cpu(m);
   fi::bind_variants(m);
+  fi::bind_launch(m);  // first of the device files: the others launch the Kernel it registers
+  fi::bind_plan_kernel(m);
+  fi::bind_gpu_ops(m);
+  fi::bind_sm80(m);
 }

@@ -5,6 +5,7 @@
 #include "fi/attention/kv_cache.h"
 #include "fi/attention/page_table.h"
 #include "fi/attention/variant_hooks.h"
+#include "fi/common/append_params.h"
 #include "fi/plan/layout.h"
 
 namespace fi::cpu {
@@ -51,18 +52,7 @@ struct AttentionParams {
 // Runs all items of the plan; returns when the output is complete.
 void run_attention(const AttentionParams& params, int num_threads);
 
-struct AppendParams {
-  const void* k;  // [num_tokens, num_kv_heads, head_dim_qk]
-  const void* v;  // [num_tokens, num_kv_heads, head_dim_vo]
-  int64_t k_stride_token, k_stride_head, v_stride_token, v_stride_head;
-  DType dtype;           // of k and v
-  const int64_t* slots;  // [num_tokens]: page * page_size + offset; negative: skip the token
-  int64_t num_tokens;
-  HeadShape heads;
-  KvCacheView
-      kv;  // fp8 cache only: stored = value / scale, saturated to +-448, round to nearest even
-  Scale k_scale, v_scale;
-};
+// Slots are in the cache or negative, positions in cos_sin.
 void append_kv(const AppendParams& params, int num_threads);
 
 // Merges num_states partial states per row: o [num_states][rows][dim] fp32 and natural lse

@@ -1,6 +1,6 @@
 // Tile classes per architecture and what a tile costs. One unit is 10 ns of one CTA (CPU: thread);
-// only ratios matter to the planner. The table is part of the evidence of every benchmark: change
-// it together with new measurements.
+// only ratios matter to the planner. The tables are part of the evidence of every benchmark: change
+// them together with new measurements.
 #pragma once
 
 #include <vector>
@@ -19,5 +19,24 @@ inline std::vector<TileClass> cpu_tile_classes() {
       {64, 64, 160, 1240},  // prefill: 64 rows reuse each KV tile
   };
 }
+
+// The tile classes of one GPU kernel: `stages[i]` shared-memory stages for classes[i].
+struct KernelTiles {
+  std::vector<TileClass> classes;
+  std::vector<int32_t> stages;
+  int32_t ctas_per_sm;
+};
+
+// What decides about a kernel's tiles.
+struct KernelShape {
+  int32_t head_dim_qk, head_dim_vo;
+  int32_t kv_bytes;      // of a cache element
+  int32_t group_size;    //
+  int32_t max_q_len;     // query tokens of one request, at most
+  int32_t max_requests;  //
+  int32_t max_shared_bytes_per_sm;
+};
+
+KernelTiles sm80_tiles(const KernelShape& shape);
 
 }  // namespace fi::host

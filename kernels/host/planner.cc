@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "host/row_tiles.h"
-
 namespace fi::host {
 namespace {
 
@@ -37,7 +35,7 @@ class PlanBuilder {
   PlanBuilder(const PlanConfig& config, const PlanLayout& layout, void* plan)
       : config_(config),
         layout_(layout),
-        group_size_(config.num_qo_heads / config.num_kv_heads),
+        tiling_(make_tiling(config)),
         out_(write_view(plan, layout)) {
     std::memset(out_.header, 0, sizeof(PlanHeader));
   }
@@ -54,14 +52,6 @@ class PlanBuilder {
   }
 
  private:
-  int32_t tile_class_of(int32_t packed_rows) const {
-    const int32_t last = static_cast<int32_t>(config_.classes.size()) - 1;
-    for (int32_t c = 0; c < last; ++c) {
-      if (packed_rows <= config_.classes[c].rows) return c;
-    }
-    return last;
-  }
-
   // Lengths -> PlannedRequest, clamped to capacity; every clamp sets a status bit.
   void place_requests(const StepLengths& lengths) {
     const PlanCapacity& cap = config_.capacity;
@@ -82,9 +72,9 @@ class PlanBuilder {
       request.q_len = end - token;
       request.kv_len =
           static_cast<int32_t>(std::clamp<int64_t>(kv_len, 0, config_.capacity.max_kv_len));
-      request.tile_class = tile_class_of(request.q_len * group_size_);
+      request.tile_class = tiling_.class_of(request.q_len * tiling_.group.value);
       request.num_tiles =
-          ceil_div(request.q_len * group_size_, config_.classes[request.tile_class].rows);
+          ceil_div(request.q_len * tiling_.group.value, tiling_.classes[request.tile_class].rows);
       request.unit_base = unit_base;
       request.link_begin = request.link_end = 0;
       unit_base += config_.num_kv_heads * request.num_tiles;
@@ -126,8 +116,9 @@ class PlanBuilder {
         continue;
       }
       PlannedNode& node = out_.nodes[h.num_nodes];
-      node.tile_class = tile_class_of(tokens * group_size_);
-      node.num_tiles = ceil_div(tokens * group_size_, config_.classes[node.tile_class].rows);
+      node.tile_class = tiling_.class_of(tokens * tiling_.group.value);
+      node.num_tiles =
+          ceil_div(tokens * tiling_.group.value, tiling_.classes[node.tile_class].rows);
       node.tile_base = tile_base;
       node.gather_begin = h.num_gathered;
       node.num_tokens = tokens;
@@ -172,7 +163,7 @@ class PlanBuilder {
       for (int32_t m = nodes.member_ptr[n]; m < nodes.member_ptr[n + 1]; ++m) {
         PlannedRequest& request = out_.requests[nodes.members[m]];
         out_.links[request.link_end++] = {a, row_offset};
-        row_offset += request.q_len * group_size_;
+        row_offset += request.q_len * tiling_.group.value;
       }
     }
   }
@@ -184,10 +175,10 @@ class PlanBuilder {
     const int32_t num_nodes = out_.header->num_nodes;
     if (block < num_nodes) {
       const PlannedNode& node = out_.nodes[block];
-      return node_row_tile(node, config_, group_size_, tile);
+      return node_row_tile(node, tiling_, tile);
     }
     const int32_t r = block - num_nodes;
-    return request_row_tile(out_.requests[r], config_, group_size_, own_begin_[r], tile);
+    return request_row_tile(out_.requests[r], tiling_, own_begin_[r], tile);
   }
 
   int32_t tiles_of(int32_t block) const {
@@ -234,9 +225,8 @@ class PlanBuilder {
     const int64_t at = it - cost_prefix_.begin() - 1;
     const int32_t index = static_cast<int32_t>(at - first);
     const RowTile tile = row_tile(low, tiles_of(low) - 1 - index);
-    const int32_t step = tile.steps_within(in_head - cost_prefix_[at]);
-    if (step < tile.num_steps() || step == 0) return {low, head, index, step};
-    return next_row_tile({low, head, index, 0});
+    // Less than the tile's cost is left: a cut never follows all its steps.
+    return {low, head, index, tile.steps_within(in_head - cost_prefix_[at])};
   }
 
   Cut next_row_tile(Cut c) const {
@@ -272,7 +262,7 @@ class PlanBuilder {
     const int32_t end = end_step < 0 ? tile.num_steps() : end_step;
     int32_t step = from.step;
     do {
-      const int32_t next = tile.whole_chunks ? min_i32(step + 1, end) : end;
+      const int32_t next = tile.whole_chunks() ? min_i32(step + 1, end) : end;
       emit_item(from, tile, step, next);
       step = next;
     } while (step < end);
@@ -329,12 +319,12 @@ class PlanBuilder {
   void count_arrivals() {
     for (int32_t r = 0; r < num_requests_; ++r) {
       const PlannedRequest& request = out_.requests[r];
-      const int32_t rows = request.q_len * group_size_;
-      const int32_t tile_rows = config_.classes[request.tile_class].rows;
+      const int32_t rows = request.q_len * tiling_.group.value;
+      const int32_t tile_rows = tiling_.classes[request.tile_class].rows;
       for (int32_t l = request.link_begin; l < request.link_end; ++l) {
         const NodeLink& link = out_.links[l];
         const PlannedNode& node = out_.nodes[link.node];
-        const int32_t node_rows = config_.classes[node.tile_class].rows;
+        const int32_t node_rows = tiling_.classes[node.tile_class].rows;
         for (int32_t u = 0; u < config_.num_kv_heads * request.num_tiles; ++u) {
           const int32_t head = u / request.num_tiles, tile = u % request.num_tiles;
           const int32_t row_end = min_i32((tile + 1) * tile_rows, rows);
@@ -353,7 +343,7 @@ class PlanBuilder {
 
   const PlanConfig& config_;
   const PlanLayout& layout_;
-  const int32_t group_size_;
+  const Tiling tiling_;
   PlanWriter out_;
   int32_t num_requests_ = 0;
   std::vector<int32_t> own_begin_;    // per request: first KV position of its own part
@@ -363,6 +353,20 @@ class PlanBuilder {
 };
 
 }  // namespace
+
+Tiling make_tiling(const PlanConfig& config) {
+  Tiling tiling{};
+  tiling.group = make_divisor(config.num_qo_heads / config.num_kv_heads);
+  if (config.invariant_chunk > 0) tiling.chunk = make_divisor(config.invariant_chunk);
+  tiling.band = config.band;
+  tiling.num_classes = static_cast<int32_t>(config.classes.size());
+  for (int32_t c = 0; c < tiling.num_classes; ++c) {
+    tiling.classes[c] = config.classes[c];
+    tiling.rows[c] = make_divisor(config.classes[c].rows);
+    tiling.kv_tile[c] = make_divisor(config.classes[c].kv_tile);
+  }
+  return tiling;
+}
 
 int32_t make_plan(const PlanConfig& config, const PlanLayout& layout, const StepLengths& lengths,
                   const Nodes& nodes, void* plan) {

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "fi/plan/layout.h"
+#include "fi/plan/row_tiles.h"
 
 namespace fi::host {
 
@@ -15,7 +15,7 @@ struct PlanConfig {
   int32_t num_ctas;
   Band band;
   int32_t invariant_chunk;  // 0: off; else KV cuts lie at absolute multiples of this many tokens
-  std::vector<TileClass> classes;  // ascending by rows
+  std::vector<TileClass> classes;  // ascending by rows, at most kMaxTileClasses
   PlanCapacity capacity;
 };
 
@@ -30,8 +30,8 @@ struct StepLengths {
 // Shared prefixes, ascending by (level, KV start). Node n covers KV [kv_begin[n], kv_end[n]) of
 // table row table_row[n] for the requests members[member_ptr[n], member_ptr[n + 1]).
 //   own_begin null: a prefix forest. A node is accepted if it fits the capacity and starts where
-//   its
-//     members' accepted nodes end; a request's own part starts where its last accepted node ends.
+//     its members' accepted nodes end; a request's own part starts where its last accepted node
+//     ends.
 //   own_begin given: independent matrices. A request's own part starts at own_begin[r].
 struct Nodes {
   int32_t num_nodes;
@@ -42,6 +42,8 @@ struct Nodes {
   const int32_t* members;
   const int32_t* own_begin;
 };
+
+Tiling make_tiling(const PlanConfig& config);
 
 PlanLayout make_layout(const PlanConfig& config);
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm_layers import Layer, make_builder, make_step, vllm_layer
 
-from fi_backend import Unsupported
-from fi_backend.integrations.vllm import register
+from fi_backend import Unsupported, gpu, nvidia
+from fi_backend.integrations.vllm import backend, register
 from fi_backend.integrations.vllm.backend import FiBackend
 from fi_backend.integrations.vllm.selection import select_on_cpu
 from fi_backend.integrations.vllm.support import REFUSED_FLAGS, SERVED_FLAGS, selection_reasons
@@ -77,6 +79,32 @@ def test_a_flag_of_a_later_vllm_is_refused() -> None:
 def test_refused_value(fields: dict[str, Any], message: str) -> None:
     (reason,) = reasons(**fields)
     assert re.match(message, reason)
+
+
+def test_a_gpu_is_judged_without_asking_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask() -> None:
+        raise AssertionError("vLLM forks processes of this one that use the GPU")
+
+    monkeypatch.setattr(nvidia, "find_driver", ask)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(gpu, "nvrtc_reasons", lambda: iter(()))
+    hopper = {"device_capability": DeviceCapability(9, 0)}
+    bf16 = PLAIN | hopper | {"dtype": torch.bfloat16}
+    assert selection_reasons("cuda", bf16) == []
+    assert selection_reasons("cuda", bf16 | {"kv_cache_dtype": "fp8"}) == []
+    for fields, message in (
+        (bf16 | {"dtype": torch.float32}, r"dtype: expected float16 or bfloat16, got float32"),
+        (bf16 | {"head_size": 72}, r"head_dim_qk: expected a multiple of 16 from .*, got 72"),
+        (bf16 | {"device_capability": DeviceCapability(7, 5)}, r"device: expected .* 8.0 or newer"),
+    ):
+        (reason,) = selection_reasons("cuda", fields)
+        assert re.match(message, reason)
+    platform = SimpleNamespace(
+        device_type="cuda", get_device_capability=lambda: DeviceCapability(9, 0)
+    )
+    monkeypatch.setattr(backend, "current_platform", platform)
+    assert FiBackend.supports_head_size(128) and not FiBackend.supports_head_size(72)
+    assert FiBackend.validate_configuration(**bf16) == []
 
 
 def test_all_reasons_come_at_once() -> None:

@@ -85,9 +85,8 @@ def test_schemas_tell_the_truth(name: str) -> None:
     kv = problem.kv
     calls = {
         "attention": (
-            (fi.slot_registry.handle_of(layer.slot), problem.q, kv.k, kv.v, torch.zeros(2, 4, 64)),
-            {"lse": torch.zeros(2, 4), "scale": 1.0, "scales": [None] * 3, "partial": False}
-            | {"tensors": [], "names": [], "numbers": []},
+            (layer.slot.handle, problem.q, kv.k, kv.v, torch.zeros(2, 4, 64)),
+            {"lse": torch.zeros(2, 4), "scale": 1.0},
         ),
         "append_kv": (
             (

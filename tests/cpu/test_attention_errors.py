@@ -13,7 +13,6 @@ from running import Result, compare, make_layer, run
 from torch import Tensor
 
 import fi_backend as fi
-from fi_backend.slot_registry import handle_of
 from fi_backend.variants.shipped import sigmoid_attention, sinks
 
 CASE = Case("errors", ((2, 20), (1, 5)))
@@ -99,14 +98,12 @@ def test_unplanned_slot() -> None:
 
 def test_dead_slot() -> None:
     layer, problem = planned()
-    handle = handle_of(layer.slot)
+    handle = layer.slot.handle
     del layer
     gc.collect()
     kv, out = problem.kv, torch.empty_like(problem.q)
-    options: dict[str, Any] = {"lse": None, "scale": 1.0, "scales": [None] * 3}
-    options |= {"tensors": [], "names": [], "numbers": [], "partial": False}
     with pytest.raises(fi.InvalidInput, match="slot: expected a slot of a living StepPlanner"):
-        torch.ops.fi_backend.attention(handle, problem.q, kv.k, kv.v, out, **options)
+        torch.ops.fi_backend.attention(handle, problem.q, kv.k, kv.v, out, 1.0)
 
 
 def test_lse_without_softmax() -> None:

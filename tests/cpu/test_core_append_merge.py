@@ -29,19 +29,20 @@ def append(
     k: Tensor, v: Tensor, cache: Tensor, slots: Tensor, scales: Tensor | None = None
 ) -> None:
     """Append to a cache [pages, PAGE, heads, head_dim_qk + head_dim_vo] that packs K and V."""
-    params, dim = _core.AppendParams(), k.shape[-1]
-    params.k, params.v, params.dtype = k.data_ptr(), v.data_ptr(), DTYPE_CODES[k.dtype]
-    params.k_stride_token, params.k_stride_head = k.stride()[:2]
-    params.v_stride_token, params.v_stride_head = v.stride()[:2]
-    params.slots, params.num_tokens = slots.data_ptr(), len(slots)
-    params.heads = _core.HeadShape(k.shape[1], k.shape[1], dim, v.shape[-1])
+    dim = k.shape[-1]
+    params = _core.AppendParams(DTYPE_CODES[k.dtype])
+    params.k_stride = _core.TokenStrides(*k.stride()[:2])
+    params.v_stride = _core.TokenStrides(*v.stride()[:2])
+    params.num_tokens, params.num_kv_heads = len(slots), k.shape[1]
+    params.head_dim_qk, params.head_dim_vo = dim, v.shape[-1]
     view = params.kv
-    view.k, view.v = cache.data_ptr(), cache[..., dim:].data_ptr()
     view.k_stride = view.v_stride = _core.KvStrides(*cache.stride()[:3])
     view.num_pages, view.page_size, view.dtype = len(cache), PAGE, DTYPE_CODES[cache.dtype]
+    addresses = [t.data_ptr() for t in (k, v, cache, cache[..., dim:], slots)] + [0] * 6
     if scales is not None:
-        params.k_scale, params.v_scale = (_core.Scale(s.data_ptr(), True) for s in scales)
-    _core.append_kv(params, 3)
+        params.k_scale_per_head = params.v_scale_per_head = 1
+        addresses[5:7] = [s.data_ptr() for s in scales]
+    _core.append_kv(params, tuple(addresses), 3)
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)

@@ -180,6 +180,14 @@ BAD = [
         lambda: append(v_scale=torch.ones(1)),
     ),
     Bad(
+        "k: expected a head dimension that is a multiple of 8, got 12",
+        lambda: append(
+            k=torch.zeros(3, 2, 12),
+            kv=fi.KvCacheView.nhd(torch.zeros(5, 4, 2, 12), torch.zeros(5, 4, 2, 16)),
+        ),
+    ),
+    Bad("o: expected contiguous float32", lambda: fi.merge_states(STATES[:0], LSE[:0])),
+    Bad(
         r"o: expected contiguous float32 \[states, tokens, heads, dim\]",
         lambda: fi.merge_states(STATES.half(), LSE),
     ),

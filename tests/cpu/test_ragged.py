@@ -27,6 +27,18 @@ def test_rows_are_consecutive_tokens() -> None:
     assert batch.page_table.indptr.tolist() == [0, 2, 2, 5]
 
 
+def test_a_known_number_of_tokens_is_not_read() -> None:
+    """Padding after the last request is nobody's; on a device its values stay where they are."""
+    batch = fi.ragged(ints(0, 1, 3), ints(0, 2, 5), num_kv_tokens=8)
+    assert batch.kv_len.tolist() == [2, 3]
+    assert batch.page_table.entries.tolist() == list(range(8))
+    with pytest.raises(fi.InvalidInput, match=r"num_kv_tokens=4 at the end, got 5;"):
+        fi.ragged(ints(0, 1, 3), ints(0, 2, 5), num_kv_tokens=4)
+    unreadable = [torch.empty(3, dtype=torch.int32, device="meta") for _ in range(2)]
+    there = fi.ragged(*unreadable, num_kv_tokens=8)
+    assert there.page_table.entries.device.type == "meta" and there.page_table.num_rows == 2
+
+
 @pytest.mark.parametrize("band", [fi.CAUSAL, fi.FULL, fi.Band.window(20)])
 def test_against_the_oracle(band: fi.Band) -> None:
     """K and V as slices of one fused projection: nothing is copied."""

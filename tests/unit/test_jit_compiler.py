@@ -14,7 +14,7 @@ import torch
 from variant_abi import make_tile, run_logits
 
 from fi_backend.errors import CompileFailed, Unsupported
-from fi_backend.jit import host_compiler
+from fi_backend.jit import headers, host_compiler
 from fi_backend.jit.cache import ArtifactCache
 from fi_backend.variants import Scalar, Variant, shipped, stages
 
@@ -204,11 +204,18 @@ def test_all_that_the_code_depends_on_is_in_the_key(
 
 
 def test_all_reachable_headers_are_hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(host_compiler, "INCLUDE_ROOT", tmp_path)
+    monkeypatch.setattr(headers, "INCLUDE_ROOT", tmp_path)
     (tmp_path / "fi").mkdir()
     (tmp_path / "fi" / "a.h").write_text('#include "fi/b.h"\n')
     (tmp_path / "fi" / "b.h").write_text('#include "fi/a.h"\n')
     source = '#include "fi/a.h"\n'
-    before = host_compiler.headers_hash(source)
-    (tmp_path / "fi" / "b.h").write_text('#include "fi/a.h"\nint x;\n')
-    assert host_compiler.headers_hash(source) != before
+    try:
+        headers.forget_headers()
+        before = headers.headers_hash(source)
+        assert list(headers.reachable_headers(source)) == ["fi/a.h", "fi/b.h"]
+        (tmp_path / "fi" / "b.h").write_text('#include "fi/a.h"\nint x;\n')
+        assert headers.headers_hash(source) == before  # a process reads a header once
+        headers.forget_headers()
+        assert headers.headers_hash(source) != before
+    finally:
+        headers.forget_headers()

@@ -45,7 +45,10 @@ CXX_LAYERS = (
     CxxLayer("kernels/include/fi", ("fi/",), frozenset(DEVICE_SYSTEM_HEADERS), cuda_text=True),
     # Code for user variants on the CPU: compiled by a host compiler, never by NVRTC.
     CxxLayer("kernels/include/fi/cpu", ("fi/",)),
-    CxxLayer("kernels/host", ("host/", "fi/core/", "fi/plan/", "fi/attention/page_table.h")),
+    CxxLayer(
+        "kernels/host",
+        ("host/", "fi/core/", "fi/plan/", "fi/attention/page_table.h", "fi/sm80/config.h"),
+    ),
     CxxLayer("kernels/cpu", ("cpu/", "host/", "fi/")),
     CxxLayer("kernels/launch", ("launch/", "fi/"), cuda_text=True),
     CxxLayer("kernels/bindings", ("bindings/", "host/", "cpu/", "launch/", "fi/"), pybind11=True),

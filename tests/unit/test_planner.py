@@ -237,3 +237,13 @@ def test_layout_is_a_function_of_capacity() -> None:
     large = make_plan(Step((8,) * 64, (4096,) * 64, capacity=capacity))
     assert small.layout.total_bytes == large.layout.total_bytes
     assert small.layout.items == large.layout.items
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [(), SMALL * 3, SMALL[::-1], ((16, 64, 0, 400),), ((16, 64, 200, 0),), ((16, 0, 200, 400),)],
+)
+def test_tile_classes_out_of_contract_are_refused(classes: object) -> None:
+    step = Step((1,), (100,), classes=classes)
+    with pytest.raises(ValueError, match="classes: expected 1 to 4 tile classes of positive"):
+        step.config()

@@ -1,11 +1,16 @@
-// Arguments of an attention kernel on the GPU, passed as one __grid_constant__.
+// Arguments of an attention kernel on the GPU, passed as one __grid_constant__. Host code fills it
+// too: no device functions here.
 #pragma once
 
 #include "fi/attention/kv_cache.h"
 #include "fi/attention/page_table.h"
+#include "fi/attention/variant_hooks.h"
 #include "fi/plan/layout.h"
 
 namespace fi {
+
+// Most parameters of a variant, summed over its functions: they travel with every launch.
+constexpr int32_t kMaxVariantParams = 16;
 
 // A scale in memory: null = 1, one value, or one per KV head.
 struct DeviceScale {
@@ -20,20 +25,20 @@ struct KernelParams {
   int64_t q_stride_token, q_stride_head, out_stride_token, out_stride_head;  // elements
   KvCacheView kv;
   PageTableView table;
+  int32_t page_shift;  // log2(page size); used by kernels for plain pages only
   int32_t num_qo_heads, num_kv_heads;
   Band band;
   float scale;  // logits = scale * q_scale * k_scale * (q . k)
   DeviceScale q_scale, k_scale, v_scale;
-  const float* sinks;  // [num_qo_heads] natural logits; null: none
+  const float* sinks;      // [num_qo_heads] natural logits; null: none
+  int32_t out_is_float32;  // else the type of q
+  int32_t is_partial;      // write the state before sinks and the output transform
   const void* plan;
   PlanLayout layout;
   float* partial_o;    // [max_partial_rows][head_dim_vo]
   float* partial_lse;  // [max_partial_rows], log2 inside the kernels
   int32_t* arrivals;   // [max_units], zero between launches
+  VariantParam variant_params[kMaxVariantParams];
 };
-
-__device__ inline float scale_of(const DeviceScale& s, int32_t kv_head) {
-  return s.data ? s.data[s.per_head ? kv_head : 0] : 1.0f;
-}
 
 }  // namespace fi

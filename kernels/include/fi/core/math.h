@@ -23,4 +23,12 @@ __device__ inline float log2_approx(float x) {
   return y;
 }
 
+// rcp.approx: 1 ulp. An exact quotient would call a subroutine in the rare case, and registers kept
+// for the call are missing in the main loop. PTX ISA 9.7.3.14.
+__device__ inline float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace fi

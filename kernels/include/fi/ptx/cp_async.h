@@ -1,4 +1,4 @@
-// Ampere's asynchronous copies, global to shared memory. PTX ISA 9.7.9.25.3.
+// Copies into shared memory, Ampere's asynchronous ones first. PTX ISA 9.7.9.25.3.
 #pragma once
 
 #include "fi/core/types.h"
@@ -18,6 +18,12 @@ __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;\
 template <int kPending>
 __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+__device__ inline void store_shared_16(uint32_t smem, const uint32_t (&words)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(smem), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
 }
 
 __device__ inline uint32_t shared_address(const void* pointer) {

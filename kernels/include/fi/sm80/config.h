@@ -1,60 +1,99 @@
-// Compile-time shape of the sm80-class kernel: what the JIT's generated line names.
+// Compile-time shape of the sm80-class kernel: what the JIT's generated line names, and where its
+// shared memory goes. Host code includes this too: it must know how much to ask for.
 #pragma once
 
 #include "fi/core/types.h"
 
 namespace fi::sm80 {
 
-constexpr int kThreads = 128;
-constexpr int kWarps = 4;
+constexpr int kThreads = 128;  // of a CTA
 
 // A tile class: `kRows` packed query rows by `kKvTile` KV tokens, in `kStages` shared-memory
-// stages. kRows 16: the four warps split the KV tile and merge at the end. 64, 128: they split the
-// rows, 16 or 32 each; 32 rows use each K and V fragment twice, which shared-memory bandwidth needs
-// (a 16-row warp would read 256 B per mma, more than 128 B per cycle at full rate).
-template <int kRows_, int kKvTile_, int kStages_>
+// stages, for CTAs of `kWarps` warps. Warps split the rows into blocks of 16 or 32 first, then the
+// KV tokens; states of the same rows merge at the end of an item. 16 rows leave warps past the
+// fourth idle: a warp takes at least 16 tokens.
+template <int kRows_, int kKvTile_, int kStages_, int kWarps_ = kThreads / 32>
 struct Tile {
   static constexpr int kRows = kRows_;
   static constexpr int kKvTile = kKvTile_;
   static constexpr int kStages = kStages_;
-  static constexpr int kWarpsM = kRows == 16 ? 1 : 4;
-  static constexpr int kWarpsN = kWarps / kWarpsM;
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kWarpsM = kRows / 16 < kWarps ? kRows / 16 : kWarps;
+  static constexpr int kWarpsN = kKvTile / 16 < kWarps / kWarpsM ? kKvTile / 16 : kWarps / kWarpsM;
   static constexpr int kRowBlocks = kRows / (16 * kWarpsM);  // m16 blocks of a warp
   static constexpr int kWarpCols = kKvTile / kWarpsN;        // KV tokens of a warp
-  static_assert(kWarpCols % 16 == 0);
+  static_assert(kRows % 16 == 0 && kWarpCols % 16 == 0);
 };
 
-template <class Element_, int kHeadDimQk_, int kHeadDimVo_, int kGroupSize_, int kPageSize_,
-          bool kPlainPages_>
+// Element: of q and out. KvElement: of the cache, Element or __nv_fp8_e4m3.
+template <class Element_, class KvElement_, int kHeadDimQk_, int kHeadDimVo_, int kGroupSize_,
+          bool kPlainPages_, bool kAligned_>
 struct Shape {
   using Element = Element_;
+  using KvElement = KvElement_;
   static constexpr int kHeadDimQk = kHeadDimQk_;
   static constexpr int kHeadDimVo = kHeadDimVo_;
   static constexpr int kGroupSize = kGroupSize_;
-  static constexpr int kPageSize = kPageSize_;  // tokens; 0: known at run time
-  // Table entries are page ids: no slot divisor, no page map. Worth 2 to 4 % of prefill.
+  static constexpr int kKvBytes = sizeof(KvElement);
+  static constexpr bool kFp8 = kKvBytes == 1;
+  // Table entries are page ids and the page size is a power of two: no slot divisor, no page map,
+  // no division. Worth 2 to 4 % of prefill.
   static constexpr bool kPlainPages = kPlainPages_;
-  // Rows of shared memory are padded to an odd number of 16-byte chunks: eight consecutive rows of
-  // one chunk column then fall into different banks, for ldmatrix and its transposed form alike.
-  static constexpr int kPitchQk = (kHeadDimQk / 8 | 1) * 8;  // elements
-  static constexpr int kPitchVo = (kHeadDimVo / 8 | 1) * 8;
-  static constexpr int kPitchMax = kPitchQk > kPitchVo ? kPitchQk : kPitchVo;
+  // Addresses and strides are multiples of 16 bytes; otherwise rows are copied by element.
+  static constexpr bool kAligned = kAligned_;
   static_assert(kHeadDimQk % 16 == 0 && kHeadDimVo % 16 == 0);
 };
 
-// Shared memory of one CTA, in bytes from its start. The query tile's place later holds the output.
-template <class S, class T>
+// Rows of shared memory are padded to an odd number of 16-byte chunks: eight consecutive rows of
+// one chunk column then fall into different banks, for ldmatrix and its transposed form alike.
+FI_HOST_DEVICE constexpr int row_pitch(int row_bytes) { return (row_bytes / 16 | 1) * 16; }
+FI_HOST_DEVICE constexpr int max_int(int a, int b) { return a > b ? a : b; }
+FI_HOST_DEVICE constexpr int min_int(int a, int b) { return a < b ? a : b; }
+
+// Shared memory of one CTA: byte offsets from its start.
 struct SharedPlan {
-  static constexpr int kStageK = T::kKvTile * S::kPitchQk * 2;
-  static constexpr int kStageV = T::kKvTile * S::kPitchVo * 2;
-  static constexpr int kQuery = 0;
-  static constexpr int kStages = kQuery + T::kRows * S::kPitchMax * 2;
-  static constexpr int kRowInfo = kStages + T::kStages * (kStageK + kStageV);
-  static constexpr int kFlag = kRowInfo + T::kRows * 8;
-  static constexpr int kBytes = kFlag + 16;
-  // The four warps' states of a 16-row tile meet in the stages' place.
-  static constexpr int kMergeBytes = kWarps * 16 * (S::kHeadDimVo + 4 + 2) * 4;
-  static_assert(T::kRows != 16 || kMergeBytes <= T::kStages * (kStageK + kStageV));
+  int pitch_q, pitch_k, pitch_v;  // bytes between rows
+  int stage_k;                    // bytes of K in a stage; V follows
+  int stage_bytes;                // of K and V
+  int stages;                     // after the query tile
+  int offsets;                    // RowOffsets of the KV tokens of each stage
+  int rows;                       // VariantRow of each packed row
+  int bytes;                      //
 };
+
+constexpr int kRowInfoBytes = 24;    // sizeof(VariantRow)
+constexpr int kRowOffsetBytes = 16;  // sizeof(RowOffsets)
+
+FI_HOST_DEVICE constexpr SharedPlan plan_shared(int head_dim_qk, int head_dim_vo, int kv_bytes,
+                                                int rows, int kv_tile, int num_stages,
+                                                int num_warps = kThreads / 32) {
+  SharedPlan s{};
+  s.pitch_q = row_pitch(head_dim_qk * 2);
+  s.pitch_k = row_pitch(head_dim_qk * kv_bytes);
+  s.pitch_v = row_pitch(head_dim_vo * kv_bytes);
+  s.stage_k = kv_tile * s.pitch_k;
+  s.stage_bytes = s.stage_k + kv_tile * s.pitch_v;
+  s.stages = rows * s.pitch_q;
+  int stage_area = num_stages * s.stage_bytes;
+  // Where warps split the KV tokens, their states of the same rows meet in the stages' place.
+  const int warps_per_row = min_int(num_warps / min_int(rows / 16, num_warps), kv_tile / 16);
+  if (warps_per_row > 1) {
+    stage_area = max_int(stage_area, warps_per_row * rows * (head_dim_vo + 4 + 1) * 4);
+  }
+  s.offsets = s.stages + stage_area;
+  s.rows = s.offsets + num_stages * kv_tile * kRowOffsetBytes;
+  s.bytes = s.rows + (rows * kRowInfoBytes + 15) / 16 * 16;
+  return s;
+}
+
+// KV tokens that a warp takes through qk, softmax and pv at once. A warp of 32 rows by 128
+// components of o has registers for 32 columns of logits, no more.
+template <class S, class T>
+constexpr int kStepCols = T::kRowBlocks > 1 && S::kHeadDimVo > 64 ? 32 : T::kWarpCols;
+
+template <class S, class T>
+constexpr SharedPlan kShared = plan_shared(S::kHeadDimQk, S::kHeadDimVo, S::kKvBytes, T::kRows,
+                                           T::kKvTile, T::kStages, T::kWarps);
 
 }  // namespace fi::sm80

@@ -6,67 +6,65 @@
 
 namespace fi::sm80 {
 
-template <class S, class T>
-__device__ void run_item(const KernelParams& p, const PlanView& plan, const WorkItem& item,
-                         char* smem) {
-  using Plan = SharedPlan<S, T>;
-  RowInfo* rows = reinterpret_cast<RowInfo*>(smem + Plan::kRowInfo);
-  const uint32_t smem_q = ptx::shared_address(smem + Plan::kQuery);
-  const uint32_t smem_stage = ptx::shared_address(smem + Plan::kStages);
-  const auto stage_k = [&](int tile) {
-    return smem_stage + tile % T::kStages * (Plan::kStageK + Plan::kStageV);
+template <class S, class V, class T>
+__device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem) {
+  constexpr SharedPlan kPlan = kShared<S, T>;
+  const WorkItem& item = current.item;
+  VariantRow* rows = reinterpret_cast<VariantRow*>(smem + kPlan.rows);
+  const uint32_t smem_q = ptx::shared_address(smem);
+  const auto stage = [&](int tile) {
+    return smem_q + kPlan.stages + tile % T::kStages * kPlan.stage_bytes;
   };
 
-  load_rows<S, T>(p, item, plan.gathered, rows);
-  __syncthreads();
-  load_q<S, T>(p, item, rows, smem_q);
-
-  KvLoader<S, T> loader(p, item);
+  const KvLoader<S, T> loader(p, item, smem);
   const int num_tiles = loader.num_tiles();
+  int32_t first_pages[T::kStages];
+#pragma unroll
+  for (int t = 0; t < T::kStages; ++t) first_pages[t] = loader.fetch(t);
+  load_rows<S, T>(p, current, rows);
+#pragma unroll
+  for (int t = 0; t < T::kStages; ++t) loader.publish(t, first_pages[t]);
+  __syncthreads();
+  load_q<S, T>(p, item.num_rows, rows, smem_q);
 #pragma unroll
   for (int t = 0; t < T::kStages - 1; ++t) {
-    if (t < num_tiles) {
-      loader.fetch_pages(t);
-      loader.load(t, stage_k(t), stage_k(t) + Plan::kStageK);
-    }
+    loader.load(t, stage(t));
     ptx::cp_async_commit();
   }
-  if (T::kStages - 1 < num_tiles) loader.fetch_pages(T::kStages - 1);
 
-  WarpLoop<S, T> loop(p, item, rows);
-  loop.find_row_bounds(item);
+  const WarpLoop<S, V, T> loop(p, current, rows);
   WarpState<S, T> state;
   state.clear();
   for (int t = 0; t < num_tiles; ++t) {
     ptx::cp_async_wait<T::kStages - 2>();
     __syncthreads();  // tile t has landed, and every warp has left the stage refilled next
     const int next = t + T::kStages - 1;
-    if (next < num_tiles) {
-      loader.load(next, stage_k(next), stage_k(next) + Plan::kStageK);
-      if (next + 1 < num_tiles) loader.fetch_pages(next + 1);
-    }
+    const int32_t page = loader.fetch(next + 1);
+    const uint32_t next_stage = stage(next);
+    loop.tile(smem_q, stage(t), loader.tiles().begin(t), loader.tiles().end(t), state,
+              [&](int part) { loader.load_pass(next, next_stage, part); });
     ptx::cp_async_commit();
-    loop.step(smem_q, stage_k(t), stage_k(t) + Plan::kStageK, loader.tiles().begin(t),
-              loader.tiles().end(t), state);
+    loader.publish(next + 1, page);
   }
   ptx::cp_async_wait<0>();
   if constexpr (T::kWarpsN > 1) {
     __syncthreads();  // the stages become the meeting place of the warps' states
-    merge_warps<S, T>(p, item, rows, smem + Plan::kStages, state);
-  } else {
-    write_rows<S, T>(p, item, rows, loop.first_row(), state);
+    merge_warps<S, V, T>(p, item, rows, loop.first_row(), loop.is_idle(), smem + kPlan.stages,
+                         state);
+  } else if (!loop.is_idle()) {
+    write_rows<S, V, T>(p, item, rows, loop.first_row(), state);
   }
 }
 
 // Announces the item's partial state and merges every unit that it completes.
-template <class S, class ClassRows>
+template <class S, class V, class ClassRows>
 __device__ void arrive_and_merge(const KernelParams& p, const PlanView& plan, ClassRows class_rows,
                                  const WorkItem& item, int* flag) {
   const auto complete = [&](int unit, int request) {
     __syncthreads();
     if (threadIdx.x == 0) *flag = arrive(p.arrivals + unit, plan.units[unit].expected);
     __syncthreads();
-    if (*flag) merge_unit<S>(p, plan, class_rows, unit, request, item.kv_head);
+    if (*flag) merge_unit<S, V>(p, plan, class_rows, unit, request, item.kv_head);
   };
   if (item.request >= 0) {
     complete(item.unit, item.request);
@@ -85,24 +83,30 @@ __device__ void arrive_and_merge(const KernelParams& p, const PlanView& plan, Cl
   }
 }
 
-// Tiles are the launch's tile classes in the planner's order.
-template <class S, class... Tiles>
+// V is the variant; Tiles are the launch's tile classes in the planner's order.
+template <class S, class V, class... Tiles>
 __device__ void run(const KernelParams& p) {
   extern __shared__ __align__(16) char smem[];
+  __shared__ CurrentItem current;
   __shared__ int flag;
-  const PlanView plan = view_plan(p.plan, p.layout);
   // Rows of a tile class without an array, which would live in local memory.
   const auto class_rows = [](int tile_class) {
     int c = 0, rows = 0;
     ((tile_class == c++ ? rows = Tiles::kRows : 0), ...);
     return rows;
   };
-  const int end = plan.cta_ptr[blockIdx.x + 1];
-  for (int i = plan.cta_ptr[blockIdx.x]; i < end; ++i) {
-    const WorkItem item = plan.items[i];
+  int i = __ldg(plan_of(p).cta_ptr + blockIdx.x);
+  const int end = __ldg(plan_of(p).cta_ptr + blockIdx.x + 1);
+  int32_t item_word = fetch_item(p, i, end);
+  for (; i < end; ++i) {
+    publish_item(item_word, current);
+    __syncthreads();
+    item_word = fetch_item(p, i + 1, end);  // on its way while this item is computed
     int c = 0;
-    ((item.tile_class == c++ ? run_item<S, Tiles>(p, plan, item, smem) : void()), ...);
-    if (item.partial_row >= 0) arrive_and_merge<S>(p, plan, class_rows, item, &flag);
+    ((current.item.tile_class == c++ ? run_item<S, V, Tiles>(p, current, smem) : void()), ...);
+    if (current.item.partial_row >= 0) {
+      arrive_and_merge<S, V>(p, plan_of(p), class_rows, current.item, &flag);
+    }
     __syncthreads();  // shared memory belongs to the next item
   }
 }

@@ -3,144 +3,264 @@
 
 #include "fi/attention/kernel_params.h"
 #include "fi/ptx/cp_async.h"
+#include "fi/ptx/thread.h"
 #include "fi/sm80/config.h"
 
 namespace fi::sm80 {
 
-// Who a packed row is: its row of q and out, and its position. Rows past num_rows repeat row 0.
-struct RowInfo {
-  int32_t token;
-  int32_t q_pos;
-};
+static_assert(sizeof(VariantRow) == kRowInfoBytes);
 
-template <class S, class T>
-__device__ inline void load_rows(const KernelParams& p, const WorkItem& item,
-                                 const GatheredToken* gathered, RowInfo* rows) {
-  for (int x = threadIdx.x; x < T::kRows; x += kThreads) {
-    const int row = item.row_begin + (x < item.num_rows ? x : 0);
-    const int local = row / S::kGroupSize;
-    if (item.request >= 0) {
-      rows[x] = {item.qo_begin + local, item.q_pos_begin + local};
-    } else {
-      const GatheredToken& g = gathered[item.qo_begin + local];
-      rows[x] = {g.token, g.q_pos};
-    }
+// What a CTA works on. It lies in shared memory: the main loop has no register left for it.
+struct CurrentItem {
+  WorkItem item;
+  VariantBox box;  // positions, lengths and heads of the item's rows
+};
+constexpr int kItemWords = sizeof(WorkItem) / 4;
+
+__device__ inline PlanView plan_of(const KernelParams& p) {
+  return view_plan(ptx::here(p.plan), p.layout);
+}
+
+// Word `threadIdx.x` of item `index`, for the threads that have one.
+__device__ inline int32_t fetch_item(const KernelParams& p, int index, int end) {
+  if (threadIdx.x >= kItemWords || index >= end) return 0;
+  return __ldg(reinterpret_cast<const int32_t*>(plan_of(p).items + index) + threadIdx.x);
+}
+
+__device__ inline void publish_item(int32_t word, CurrentItem& current) {
+  if (threadIdx.x < kItemWords) reinterpret_cast<int32_t*>(&current.item)[threadIdx.x] = word;
+  if (threadIdx.x == kItemWords) {
+    constexpr int32_t kLow = -(1 << 30), kHigh = 1 << 30;
+    current.box = {kHigh, kLow, 0, 0, kHigh, kLow, kHigh, kLow, 0, 0};
   }
 }
 
-// Query rows -> shared memory; rows past num_rows become zero.
+__device__ inline void extend_box(const VariantRow& row, VariantBox& box) {
+  atomicMin(&box.q_pos_min, row.q_pos);
+  atomicMax(&box.q_pos_max, row.q_pos);
+  atomicMin(&box.q_len_min, row.q_len);
+  atomicMax(&box.q_len_max, row.q_len);
+  atomicMin(&box.kv_len_min, row.kv_len);
+  atomicMax(&box.kv_len_max, row.kv_len);
+}
+
+// Who each packed row is, and the box of them all. Rows past num_rows repeat row 0.
 template <class S, class T>
-__device__ inline void load_q(const KernelParams& p, const WorkItem& item, const RowInfo* rows,
+__device__ inline void load_rows(const KernelParams& p, CurrentItem& current, VariantRow* rows) {
+  const WorkItem& item = current.item;
+  for (int x = static_cast<int>(ptx::thread_index()); x < T::kRows; x += T::kThreads) {
+    const int row = item.row_begin + (x < item.num_rows ? x : 0);
+    const int local = row / S::kGroupSize;
+    const int q_head = item.kv_head * S::kGroupSize + row % S::kGroupSize;
+    if (item.request >= 0) {
+      rows[x] = {item.q_pos_begin + local,
+                 item.qo_begin + local,
+                 q_head,
+                 item.request,
+                 item.q_len,
+                 item.kv_len};
+    } else {
+      const PlanView plan = plan_of(p);
+      const GatheredToken& g = plan.gathered[item.qo_begin + local];
+      const PlannedRequest& r = plan.requests[g.request];
+      rows[x] = {g.q_pos, g.token, q_head, g.request, r.q_len, r.kv_len};
+    }
+    // Rows of a request ascend; gathered rows come in any order.
+    const bool is_end = x == 0 || x == item.num_rows - 1;
+    if (x < item.num_rows && (item.request < 0 || is_end)) extend_box(rows[x], current.box);
+  }
+}
+
+// 16 bytes of a row to shared memory; zeros and no access when !valid. Unaligned rows are read
+// element by element, and have landed when the CTA barrier that ends a stage's wait is passed.
+template <class S, class Element>
+__device__ inline void copy_chunk(uint32_t smem, const Element* source, bool valid) {
+  if constexpr (S::kAligned) {
+    ptx::cp_async_16(smem, source, valid);
+  } else {
+    uint32_t words[4] = {0, 0, 0, 0};
+    constexpr int kPerWord = 4 / sizeof(Element);
+#pragma unroll
+    for (int i = 0; i < 16 / static_cast<int>(sizeof(Element)); ++i) {
+      uint32_t bits = 0;
+      if constexpr (sizeof(Element) == 1) {
+        if (valid) bits = reinterpret_cast<const uint8_t*>(source)[i];
+      } else {
+        if (valid) bits = reinterpret_cast<const uint16_t*>(source)[i];
+      }
+      words[i / kPerWord] |= bits << (i % kPerWord * 8 * sizeof(Element));
+    }
+    ptx::store_shared_16(smem, words);
+  }
+}
+
+// Query rows -> shared memory; rows past num_rows become zero. With an fp8 cache the eight 4-byte
+// words of each 16 components are stored in the order 0 2 4 6 1 3 5 7: the order in which a lane
+// receives K's components from ldmatrix (main_loop.h).
+template <class S, class T>
+__device__ inline void load_q(const KernelParams& p, int num_rows, const VariantRow* rows,
                               uint32_t smem_q) {
   using Element = typename S::Element;
-  constexpr int kChunks = S::kHeadDimQk / 8;
-  for (int i = threadIdx.x; i < T::kRows * kChunks; i += kThreads) {
-    const int x = i / kChunks, chunk = i % kChunks;
-    const int head = item.kv_head * S::kGroupSize + (item.row_begin + x) % S::kGroupSize;
-    const Element* source = static_cast<const Element*>(p.q) + rows[x].token * p.q_stride_token +
-                            head * p.q_stride_head + chunk * 8;
-    ptx::cp_async_16(smem_q + (x * S::kPitchQk + chunk * 8) * 2, source, x < item.num_rows);
+  constexpr int kPitch = kShared<S, T>.pitch_q;
+  const auto source_of = [&](int x) {
+    return static_cast<const Element*>(p.q) + rows[x].token * p.q_stride_token +
+           rows[x].q_head * p.q_stride_head;
+  };
+  if constexpr (!S::kFp8) {
+    constexpr int kChunks = S::kHeadDimQk / 8;
+    for (int i = ptx::thread_index(); i < T::kRows * kChunks; i += T::kThreads) {
+      const int x = i / kChunks, chunk = i % kChunks;
+      copy_chunk<S>(smem_q + x * kPitch + chunk * 16, source_of(x) + chunk * 8, x < num_rows);
+    }
+  } else {
+    constexpr int kGroups = S::kHeadDimQk / 16;
+    for (int i = ptx::thread_index(); i < T::kRows * kGroups; i += T::kThreads) {
+      const int x = i / kGroups, group = i % kGroups;
+      uint32_t w[8] = {};
+      if (x < num_rows) {
+        const Element* source = source_of(x) + group * 16;
+        if constexpr (S::kAligned) {
+          reinterpret_cast<uint4*>(w)[0] = reinterpret_cast<const uint4*>(source)[0];
+          reinterpret_cast<uint4*>(w)[1] = reinterpret_cast<const uint4*>(source)[1];
+        } else {
+#pragma unroll
+          for (int e = 0; e < 16; ++e) {
+            w[e / 2] |= uint32_t{reinterpret_cast<const uint16_t*>(source)[e]} << e % 2 * 16;
+          }
+        }
+      }
+      const uint32_t even[4] = {w[0], w[2], w[4], w[6]}, odd[4] = {w[1], w[3], w[5], w[7]};
+      ptx::store_shared_16(smem_q + x * kPitch + group * 32, even);
+      ptx::store_shared_16(smem_q + x * kPitch + group * 32 + 16, odd);
+    }
   }
 }
 
 // The KV positions of an item in tiles: two runs, before and after the hole.
 template <int kKvTile>
 struct KvTiles {
-  int32_t first_begin, first_end, second_begin, second_end;
-  int32_t first_tiles, num_tiles;
+  const WorkItem& item;
 
-  __device__ explicit KvTiles(const WorkItem& item) {
-    const bool hole = item.hole_end > item.hole_begin;
-    first_begin = item.kv_begin;
-    first_end = hole ? item.hole_begin : item.kv_end;
-    second_begin = hole ? item.hole_end : item.kv_end;
-    second_end = item.kv_end;
-    first_tiles = (first_end - first_begin + kKvTile - 1) / kKvTile;
-    num_tiles = first_tiles + (second_end - second_begin + kKvTile - 1) / kKvTile;
+  __device__ bool has_hole() const { return item.hole_end > item.hole_begin; }
+  __device__ int32_t tiles_before_hole() const {
+    return ceil_div((has_hole() ? item.hole_begin : item.kv_end) - item.kv_begin, kKvTile);
+  }
+  __device__ int32_t count() const {
+    if (!has_hole()) return tiles_before_hole();
+    return tiles_before_hole() + ceil_div(item.kv_end - item.hole_end, kKvTile);
   }
   __device__ int32_t begin(int32_t tile) const {
-    return tile < first_tiles ? first_begin + tile * kKvTile
-                              : second_begin + (tile - first_tiles) * kKvTile;
+    if (!has_hole() || tile < tiles_before_hole()) return item.kv_begin + tile * kKvTile;
+    return item.hole_end + (tile - tiles_before_hole()) * kKvTile;
   }
-  __device__ int32_t end(int32_t tile) const { return tile < first_tiles ? first_end : second_end; }
+  __device__ int32_t end(int32_t tile) const {
+    return has_hole() && tile < tiles_before_hole() ? item.hole_begin : item.kv_end;
+  }
 };
 
-// Loads KV tiles through the page table. Each thread owns the same 16-byte column of several token
-// rows; it fetches the page ids of a tile one tile ahead, so that their latency hides behind math.
+// Where a token's K and V rows begin, in elements from the cache's bases; kNoRow past the range.
+struct alignas(16) RowOffsets {
+  int64_t k, v;
+};
+constexpr int64_t kNoRow = -1;
+
+// Loads KV tiles through the page table in three steps, each a tile ahead of the next: fetch()
+// reads a tile's page ids, one token a thread; publish() turns them into offsets in shared memory;
+// load() starts the copies, 16 bytes a thread. Page ids so travel while the tensor cores work, and
+// no thread holds more than one of them in a register.
 template <class S, class T>
 class KvLoader {
-  using Element = typename S::Element;
-  static constexpr int kChunksK = S::kHeadDimQk / 8;
-  static constexpr int kChunksV = S::kHeadDimVo / 8;
-  static constexpr int kLanesPerRow = 8;  // threads of one token row; each copies every 8th chunk
-  static constexpr int kRowsPerPass = kThreads / kLanesPerRow;
-  static constexpr int kPasses = T::kKvTile / kRowsPerPass;
+  using Element = typename S::KvElement;
+  static constexpr SharedPlan kPlan = kShared<S, T>;
+  static constexpr int kPerChunk = 16 / S::kKvBytes;  // elements
+  static constexpr int kChunksK = S::kHeadDimQk / kPerChunk;
+  static constexpr int kChunksV = S::kHeadDimVo / kPerChunk;
+  // Threads of one token row; each copies every 8th (4th) of its chunks.
+  static constexpr int kLanesPerRow = max_int(kChunksK, kChunksV) < 8 ? 4 : 8;
+  static constexpr int kRowsPerPass = T::kThreads / kLanesPerRow;
+  static_assert(T::kKvTile <= T::kThreads);
 
  public:
-  __device__ KvLoader(const KernelParams& p, const WorkItem& item)
-      : p_(p),
-        pages_(page_row(p.table, item.table_row)),
-        k_(static_cast<const Element*>(p.kv.k) + item.kv_head * p.kv.k_stride.head),
-        v_(static_cast<const Element*>(p.kv.v) + item.kv_head * p.kv.v_stride.head),
-        tiles_(item) {}
+  static constexpr int kPasses = (T::kKvTile + kRowsPerPass - 1) / kRowsPerPass;
 
-  __device__ int num_tiles() const { return tiles_.num_tiles; }
+  __device__ KvLoader(const KernelParams& p, const WorkItem& item, char* smem)
+      : p_(p),
+        item_(item),
+        thread_(ptx::thread_index()),
+        pages_(page_row(p.table, item.table_row)),
+        offsets_(reinterpret_cast<RowOffsets*>(smem + kPlan.offsets)),
+        tiles_{item},
+        num_tiles_(tiles_.count()) {}
+
+  __device__ int num_tiles() const { return num_tiles_; }
   __device__ const KvTiles<T::kKvTile>& tiles() const { return tiles_; }
 
-  // Page ids of this thread's rows of `tile`. Entries past the range are never dereferenced.
-  __device__ void fetch_pages(int tile) {
-    const int begin = tiles_.begin(tile), end = tiles_.end(tile);
-#pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      const int pos = begin + row_of_pass(i);
-      if (pos >= end) continue;
-      if constexpr (S::kPlainPages) {
-        page_[i] = pages_[pos / page_size() * p_.table.entry_stride];
-      } else {
-        page_[i] = page_id(p_.table, pages_, pos / page_size());
-      }
-    }
+  // Page id of this thread's token of `tile`, -1 for none. Entries past the range are never
+  // dereferenced.
+  __device__ int32_t fetch(int tile) const {
+    if (thread_ >= T::kKvTile || tile >= num_tiles_) return -1;
+    const int pos = tiles_.begin(tile) + static_cast<int>(thread_);
+    if (pos >= tiles_.end(tile)) return -1;
+    if constexpr (S::kPlainPages) return pages_[(pos >> p_.page_shift) * p_.table.entry_stride];
+    return page_id(p_.table, pages_, pos / p_.table.page_size);
   }
 
-  // Starts the copies of `tile` whose pages fetch_pages() brought; one commit group.
-  __device__ void load(int tile, uint32_t smem_k, uint32_t smem_v) const {
-    const int begin = tiles_.begin(tile), end = tiles_.end(tile);
-    const int lane = threadIdx.x % kLanesPerRow;
-#pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      const int row = row_of_pass(i), pos = begin + row;
-      const bool valid = pos < end;
-      const int64_t page = valid ? page_[i] : 0;
-      const int in_page = valid ? pos % page_size() : 0;
-      const Element* k = k_ + page * p_.kv.k_stride.page + in_page * p_.kv.k_stride.token;
-#pragma unroll
-      for (int c = 0; c < (kChunksK + kLanesPerRow - 1) / kLanesPerRow; ++c) {
-        const int chunk = c * kLanesPerRow + lane;
-        if (kChunksK % kLanesPerRow == 0 || chunk < kChunksK) {
-          ptx::cp_async_16(smem_k + (row * S::kPitchQk + chunk * 8) * 2, k + chunk * 8, valid);
-        }
-      }
-      const Element* v = v_ + page * p_.kv.v_stride.page + in_page * p_.kv.v_stride.token;
-#pragma unroll
-      for (int c = 0; c < (kChunksV + kLanesPerRow - 1) / kLanesPerRow; ++c) {
-        const int chunk = c * kLanesPerRow + lane;
-        if (kChunksV % kLanesPerRow == 0 || chunk < kChunksV) {
-          ptx::cp_async_16(smem_v + (row * S::kPitchVo + chunk * 8) * 2, v + chunk * 8, valid);
-        }
-      }
+  // Offsets of `tile`, whose page id fetch() brought; load() may read them after a CTA barrier.
+  __device__ void publish(int tile, int32_t page) const {
+    if (thread_ >= T::kKvTile) return;
+    RowOffsets row = {kNoRow, kNoRow};
+    if (page >= 0) {
+      const int in_page = offset_in_page(tiles_.begin(tile) + static_cast<int>(thread_));
+      const KvStrides &k = p_.kv.k_stride, &v = p_.kv.v_stride;
+      row.k = page * k.page + in_page * k.token + item_.kv_head * k.head;
+      row.v = page * v.page + in_page * v.token + item_.kv_head * v.head;
     }
+    offsets_[tile % T::kStages * T::kKvTile + thread_] = row;
+  }
+
+  // Starts the copies of a published tile; past the last one, of zeros.
+  __device__ void load(int tile, uint32_t smem) const {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) load_pass(tile, smem, pass);
+  }
+
+  // One of the kPasses parts of load(): some rows, by all threads.
+  __device__ void load_pass(int tile, uint32_t smem, int pass) const {
+    const int lane = thread_ % kLanesPerRow;
+    const int row = pass * kRowsPerPass + thread_ / kLanesPerRow;
+    if (T::kKvTile % kRowsPerPass != 0 && row >= T::kKvTile) return;
+    const RowOffsets at = offsets_[tile % T::kStages * T::kKvTile + row];
+    const bool valid = at.k != kNoRow;
+    const Element* k = static_cast<const Element*>(p_.kv.k) + (valid ? at.k : 0);
+    const Element* v = static_cast<const Element*>(p_.kv.v) + (valid ? at.v : 0);
+    copy_row<kChunksK>(smem + row * kPlan.pitch_k, k, lane, valid);
+    copy_row<kChunksV>(smem + kPlan.stage_k + row * kPlan.pitch_v, v, lane, valid);
   }
 
  private:
-  __device__ static int row_of_pass(int i) { return i * kRowsPerPass + threadIdx.x / kLanesPerRow; }
-  __device__ int page_size() const { return S::kPageSize ? S::kPageSize : p_.table.page_size; }
+  __device__ int offset_in_page(int pos) const {
+    if constexpr (S::kPlainPages) return pos & ((1 << p_.page_shift) - 1);
+    return pos % p_.table.page_size;
+  }
+
+  template <int kChunks>
+  __device__ static void copy_row(uint32_t smem, const Element* row, int lane, bool valid) {
+#pragma unroll
+    for (int c = 0; c < (kChunks + kLanesPerRow - 1) / kLanesPerRow; ++c) {
+      const int chunk = c * kLanesPerRow + lane;
+      if (kChunks % kLanesPerRow == 0 || chunk < kChunks) {
+        copy_chunk<S>(smem + chunk * 16, row + chunk * kPerChunk, valid);
+      }
+    }
+  }
 
   const KernelParams& p_;
+  const WorkItem& item_;
+  uint32_t thread_;
   const int32_t* pages_;
-  const Element* k_;
-  const Element* v_;
+  RowOffsets* offsets_;  // [stages][kv_tile]
   KvTiles<T::kKvTile> tiles_;
-  int32_t page_[kPasses];
+  int num_tiles_;
 };
 
 }  // namespace fi::sm80

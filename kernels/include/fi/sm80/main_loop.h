@@ -1,14 +1,23 @@
-// The KV loop of one warp: logits, mask, online softmax, output, in registers.
-// Source of the algorithm: FlashAttention-2 (Dao, 2023), online softmax (Milakov & Gimelshein,
-// 2018).
+// One KV tile of one warp: qk_gemm, variant, mask, online_softmax, pv_gemm.
+//
+// FlashAttention-2's loop (Dao, 2023) over tiles gathered through a page table. An fp8 cache is
+// widened between shared memory and the products. A 32-bit register then holds four e4m3 values
+// where mma wants two pairs of 16-bit ones from different places, so both products run in an order
+// of their own, which costs no instruction:
+//   qk: the contraction index is permuted, for K by ldmatrix and for Q by load_q alike.
+//   pv: of each 16 components of V one n8 block takes the even ones and the next the odd ones.
 #pragma once
 
+#include "fi/attention/variant.h"
 #include "fi/core/elements.h"
-#include "fi/core/math.h"
 #include "fi/ptx/mma.h"
 #include "fi/sm80/load.h"
 
 namespace fi::sm80 {
+
+__device__ inline float scale_of(const DeviceScale& s, int32_t kv_head) {
+  return s.data ? s.data[s.per_head ? kv_head : 0] : 1.0f;
+}
 
 // What a warp knows of its rows. Lane l holds rows r = l / 4 and r + 8 of each 16-row block.
 template <class S, class T>
@@ -30,82 +39,189 @@ struct WarpState {
   }
 };
 
-template <class S, class T>
+template <class S, class V, class T>
 class WarpLoop {
   using Element = typename S::Element;
-  static constexpr int kColBlocks = T::kWarpCols / 8;  // n8 blocks of logits
+  using Ops = ElementOps<Element>;
+  static constexpr SharedPlan kPlan = kShared<S, T>;
+  static constexpr int kColBlocks = kStepCols<S, T> / 8;  // n8 blocks of logits
+  static constexpr int kStepsQk = S::kHeadDimQk / 16;
   using Logits = float[T::kRowBlocks][kColBlocks][4];
 
  public:
-  __device__ WarpLoop(const KernelParams& p, const WorkItem& item, const RowInfo* rows)
-      : band_(p.band), rows_(rows) {
-    const int warp = threadIdx.x / 32;
-    lane_ = threadIdx.x % 32;
+  __device__ WarpLoop(const KernelParams& p, const CurrentItem& current, const VariantRow* rows)
+      : p_(p), current_(current), rows_(rows) {
+    const uint32_t thread = ptx::thread_index();
+    const int warp = thread / 32, kv_head = current.item.kv_head;
+    lane_ = thread % 32;
     first_row_ = warp / T::kWarpsN * T::kRowBlocks * 16;
     first_col_ = warp % T::kWarpsN * T::kWarpCols;
-    scale_log2_ =
-        p.scale * scale_of(p.q_scale, item.kv_head) * scale_of(p.k_scale, item.kv_head) * kLog2E;
+    scale_ = p.scale * scale_of(p.q_scale, kv_head) * scale_of(p.k_scale, kv_head);
+    const Band& band = p.band;
+    constexpr int kFar = 1 << 30;
+    clear_begin_ = band.left >= 0 ? current.box.q_pos_max - band.left : -kFar;
+    clear_end_ = band.right >= 0 ? current.box.q_pos_min + band.right + 1 : kFar;
   }
 
   __device__ int first_row() const { return first_row_; }
 
-  // The rows' least and greatest position decide which KV tiles need masking per element. Rows of a
-  // request ascend; gathered rows are in any order.
-  __device__ void find_row_bounds(const WorkItem& item) {
-    q_pos_min_ = rows_[0].q_pos;
-    q_pos_max_ = rows_[item.num_rows - 1].q_pos;
-    for (int x = 0; item.request < 0 && x < item.num_rows; ++x) {
-      q_pos_min_ = min_i32(q_pos_min_, rows_[x].q_pos);
-      q_pos_max_ = max_i32(q_pos_max_, rows_[x].q_pos);
+  // No rows, or no tokens, for this warp.
+  __device__ bool is_idle() const {
+    if (T::kWarpsM * T::kWarpsN < T::kWarps && first_row_ >= T::kRows) return true;
+    return first_row_ >= current_.item.num_rows;
+  }
+
+  // The copies of the next tile are started between the products of this one, some in every step,
+  // so that their address arithmetic costs no time of its own. Warps that split the tokens have few
+  // products and wait for memory: there all copies come first.
+  static constexpr int kSteps = T::kWarpCols / kStepCols<S, T>;
+  static constexpr int kLoadParts = KvLoader<S, T>::kPasses / kSteps;  // in a step
+  static constexpr bool kSpreadsLoads = T::kWarpsN == 1 && kLoadParts > 0 &&
+                                        KvLoader<S, T>::kPasses % kSteps == 0 &&
+                                        kStepsQk % kLoadParts == 0 && S::kAligned &&
+                                        !(S::kFp8 && T::kRowBlocks > 1);  // no registers left
+
+  // One KV tile: positions [kv_begin, kv_end) at most, in steps of as many columns as fit.
+  // load_part(i) starts part i of the copies.
+  template <class LoadPart>
+  __device__ void tile(uint32_t smem_q, uint32_t smem_kv, int kv_begin, int kv_end,
+                       WarpState<S, T>& state, LoadPart load_part) const {
+    const MaskKind kind = mask_kind(kv_begin, kv_end);
+    const bool is_nothing = is_idle() || kind == MaskKind::kEmpty;
+    if (is_nothing || !kSpreadsLoads) {
+#pragma unroll
+      for (int i = 0; i < KvLoader<S, T>::kPasses; ++i) load_part(i);
+    }
+    if (is_nothing) return;
+#pragma unroll 1
+    for (int i = 0; i < kSteps; ++i) {
+      const int c = first_col_ + i * kStepCols<S, T>;
+      Logits s;
+      qk_gemm(smem_q, smem_kv + c * kPlan.pitch_k, s, [&](int part) {
+        if constexpr (kSpreadsLoads) load_part(i * kLoadParts + part);
+      });
+      finish_step(smem_kv + kPlan.stage_k + c * kPlan.pitch_v, kv_begin + c, kv_end, kind, s,
+                  state);
     }
   }
 
-  __device__ void step(uint32_t smem_q, uint32_t smem_k, uint32_t smem_v, int kv_begin, int kv_end,
-                       WarpState<S, T>& state) {
-    Logits s;
-    qk_gemm(smem_q, smem_k, s);
-    if (needs_mask(kv_begin, kv_end)) apply_mask(kv_begin + first_col_, kv_end, s);
-    online_softmax(s, state);
+ private:
+  __device__ void finish_step(uint32_t smem_v, int kv_begin, int kv_end, MaskKind kind, Logits& s,
+                              WarpState<S, T>& state) const {
+    if constexpr (V::kHasLogits || V::kHasMasks || !V::kSoftmax) {
+      apply_variant(kv_begin, kv_end, kind, s);
+    }
+    if (crosses_band(kv_begin, kv_end)) apply_band(kv_begin, kv_end, s);
+    if constexpr (V::kSoftmax) online_softmax(s, state);
     pv_gemm(smem_v, s, state);
   }
 
- private:
-  __device__ void qk_gemm(uint32_t smem_q, uint32_t smem_k, Logits& s) const {
+  // between(i) runs kLoadParts times among the products.
+  template <class Between>
+  __device__ void qk_gemm(uint32_t smem_q, uint32_t smem_k, Logits& s, Between between) const {
 #pragma unroll
     for (int b = 0; b < T::kRowBlocks; ++b) {
 #pragma unroll
       for (int n = 0; n < kColBlocks; ++n) s[b][n][0] = s[b][n][1] = s[b][n][2] = s[b][n][3] = 0.f;
     }
-    const uint32_t q_at = smem_q + ((first_row_ + lane_ % 16) * S::kPitchQk + lane_ / 16 * 8) * 2;
+    const uint32_t q_at = smem_q + (first_row_ + lane_ % 16) * kPlan.pitch_q + lane_ / 16 * 16;
     const uint32_t k_at =
-        smem_k + ((first_col_ + lane_ % 8 + lane_ / 16 * 8) * S::kPitchQk + lane_ / 8 % 2 * 8) * 2;
+        smem_k + (lane_ % 8 + lane_ / 16 * 8) * kPlan.pitch_k + lane_ / 8 % 2 * 16;
+    // 32 bytes of every K row at a time: one k16 step, or two of an fp8 cache.
+    constexpr int kStepsPerLoad = S::kFp8 ? 2 : 1;
 #pragma unroll
-    for (int k = 0; k < S::kHeadDimQk / 16; ++k) {
-      uint32_t a[T::kRowBlocks][4];
+    for (int k = 0; k < kStepsQk; k += kStepsPerLoad) {
+      if constexpr (kSpreadsLoads) {
+        constexpr int kEvery = kStepsQk / kLoadParts;
+        if (k % kEvery == 0) between(k / kEvery);
+      }
+      uint32_t a[kStepsPerLoad][T::kRowBlocks][4];
 #pragma unroll
-      for (int b = 0; b < T::kRowBlocks; ++b) {
-        ptx::ldmatrix_x4(a[b], q_at + (b * 16 * S::kPitchQk + k * 16) * 2);
+      for (int step = 0; step < kStepsPerLoad && k + step < kStepsQk; ++step) {
+#pragma unroll
+        for (int b = 0; b < T::kRowBlocks; ++b) {
+          ptx::ldmatrix_x4(a[step][b], q_at + b * 16 * kPlan.pitch_q + (k + step) * 32);
+        }
       }
 #pragma unroll
       for (int n = 0; n < kColBlocks; n += 2) {
         uint32_t kb[4];
-        ptx::ldmatrix_x4(kb, k_at + (n * 8 * S::kPitchQk + k * 16) * 2);
+        ptx::ldmatrix_x4(kb, k_at + n * 8 * kPlan.pitch_k + k / kStepsPerLoad * 32);
+        if constexpr (!S::kFp8) {
 #pragma unroll
-        for (int b = 0; b < T::kRowBlocks; ++b) {
-          ptx::mma_m16n8k16<Element>(s[b][n], a[b], kb[0], kb[1]);
-          ptx::mma_m16n8k16<Element>(s[b][n + 1], a[b], kb[2], kb[3]);
+          for (int b = 0; b < T::kRowBlocks; ++b) {
+            ptx::mma_m16n8k16<Element>(s[b][n], a[0][b], kb[0], kb[1]);
+            ptx::mma_m16n8k16<Element>(s[b][n + 1], a[0][b], kb[2], kb[3]);
+          }
+        } else {
+#pragma unroll
+          for (int step = 0; step < kStepsPerLoad && k + step < kStepsQk; ++step) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const uint32_t four = kb[half * 2 + step];
+              const uint32_t b0 = Ops::widen_e4m3(__byte_perm(four, 0, 0x1404));
+              const uint32_t b1 = Ops::widen_e4m3(__byte_perm(four, 0, 0x3424));
+#pragma unroll
+              for (int b = 0; b < T::kRowBlocks; ++b) {
+                ptx::mma_m16n8k16<Element>(s[b][n + half], a[step][b], b0, b1);
+              }
+            }
+          }
         }
       }
     }
   }
 
-  __device__ bool needs_mask(int kv_begin, int kv_end) const {
-    if (kv_begin + T::kKvTile > kv_end) return true;
-    if (band_.right >= 0 && kv_begin + T::kKvTile - 1 > q_pos_min_ + band_.right) return true;
-    return band_.left >= 0 && kv_begin < q_pos_max_ - band_.left;
+  __device__ MaskKind mask_kind(int kv_begin, int kv_end) const {
+    if constexpr (V::kHasMasks) {
+      VariantBox box = current_.box;
+      box.kv_pos_min = kv_begin;
+      box.kv_pos_max = min_i32(kv_begin + T::kKvTile, kv_end) - 1;
+      box.q_head_min = current_.item.kv_head * S::kGroupSize;
+      box.q_head_max = box.q_head_min + S::kGroupSize - 1;
+      return mask_kind_of_box(typename V::Masks{}, p_, box);
+    }
+    return MaskKind::kFull;
   }
 
-  __device__ void apply_mask(int kv_begin, int kv_end, Logits& s) const {
+  // Natural-unit logits through the variant's functions; what its masks hide gets the masked value.
+  // Columns past kv_end stand for the last one: their logits are masked later, but a function may
+  // read a tensor at its KV position.
+  __device__ void apply_variant(int kv_begin, int kv_end, MaskKind kind, Logits& s) const {
+#pragma unroll
+    for (int b = 0; b < T::kRowBlocks; ++b) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const VariantRow& row = rows_[first_row_ + b * 16 + half * 8 + lane_ / 4];
+#pragma unroll
+        for (int n = 0; n < kColBlocks; ++n) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            float& x = s[b][n][half * 2 + c];
+            const int column = min_i32(kv_begin + n * 8 + lane_ % 4 * 2 + c, kv_end - 1);
+            const float logit =
+                apply_all(typename V::Logits{}, p_, row, current_.item.kv_head, column, x * scale_);
+            if constexpr (!V::kFoldsScale) x = logit;
+            if constexpr (V::kHasMasks) {
+              const bool seen =
+                  kind == MaskKind::kFull ||
+                  all_visible(typename V::Masks{}, p_, row, current_.item.kv_head, column, logit);
+              x = seen ? x : masked_value();
+            }
+          }
+        }
+      }
+    }
+  }
+
+  __device__ static float masked_value() { return V::kSoftmax ? neg_infinity() : 0.0f; }
+
+  __device__ bool crosses_band(int kv_begin, int kv_end) const {
+    return kv_begin < clear_begin_ || kv_begin + kStepCols<S, T> > min_i32(kv_end, clear_end_);
+  }
+
+  __device__ void apply_band(int kv_begin, int kv_end, Logits& s) const {
+    const Band& band = p_.band;
 #pragma unroll
     for (int b = 0; b < T::kRowBlocks; ++b) {
 #pragma unroll
@@ -113,17 +229,17 @@ class WarpLoop {
         // Two bounds per row decide an element: comparisons only, no branch.
         const int q_pos = rows_[first_row_ + b * 16 + half * 8 + lane_ / 4].q_pos;
         const int column = kv_begin + lane_ % 4 * 2;
-        const int end = band_.right >= 0 ? min_i32(kv_end, q_pos + band_.right + 1) : kv_end;
+        const int end = band.right >= 0 ? min_i32(kv_end, q_pos + band.right + 1) : kv_end;
         const int high = end - column;
-        const int low = band_.left >= 0 ? q_pos - band_.left - column : -(1 << 30);
-        const int sink = band_.sink_prefix - column;
+        const int low = band.left >= 0 ? q_pos - band.left - column : -(1 << 30);
+        const int sink = band.sink_prefix - column;
 #pragma unroll
         for (int n = 0; n < kColBlocks; ++n) {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             const int at = n * 8 + c;
             const bool seen = (at < high) & ((at >= low) | (at < sink));
-            s[b][n][half * 2 + c] = seen ? s[b][n][half * 2 + c] : neg_infinity();
+            s[b][n][half * 2 + c] = seen ? s[b][n][half * 2 + c] : masked_value();
           }
         }
       }
@@ -132,6 +248,7 @@ class WarpLoop {
 
   // s -> p = 2^(scale * s - max); rescales the state where the maximum grew.
   __device__ void online_softmax(Logits& s, WarpState<S, T>& state) const {
+    const float scale_log2 = (V::kFoldsScale ? scale_ : 1.0f) * kLog2E;
 #pragma unroll
     for (int b = 0; b < T::kRowBlocks; ++b) {
 #pragma unroll
@@ -144,7 +261,7 @@ class WarpLoop {
         top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
         const float old_max = state.row_max[b][half];
-        const float new_max = fmaxf(old_max, top * scale_log2_);
+        const float new_max = fmaxf(old_max, top * scale_log2);
         // A row that has seen nothing keeps max -inf; subtract 0 then, so that 2^-inf is 0, not
         // NaN.
         const float base = new_max == neg_infinity() ? 0.0f : new_max;
@@ -155,7 +272,7 @@ class WarpLoop {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             float& x = s[b][n][half * 2 + c];
-            x = exp2_approx(fmaf(x, scale_log2_, -base));
+            x = exp2_approx(fmaf(x, scale_log2, -base));
             sum += x;
           }
         }
@@ -171,35 +288,55 @@ class WarpLoop {
   }
 
   __device__ void pv_gemm(uint32_t smem_v, const Logits& s, WarpState<S, T>& state) const {
-    const uint32_t v_at = smem_v + ((first_col_ + lane_ % 16) * S::kPitchVo + lane_ / 16 * 8) * 2;
+    constexpr int kChunks = S::kHeadDimVo * S::kKvBytes / 16;  // of a row of V
+    const uint32_t v_at = smem_v + lane_ % 16 * kPlan.pitch_v + lane_ / 16 * 16;
 #pragma unroll
-    for (int k = 0; k < T::kWarpCols / 16; ++k) {
+    for (int k = 0; k < kColBlocks / 2; ++k) {
       uint32_t a[T::kRowBlocks][4];
 #pragma unroll
       for (int b = 0; b < T::kRowBlocks; ++b) {
-        a[b][0] = ElementOps<Element>::pack(s[b][2 * k][0], s[b][2 * k][1]);
-        a[b][1] = ElementOps<Element>::pack(s[b][2 * k][2], s[b][2 * k][3]);
-        a[b][2] = ElementOps<Element>::pack(s[b][2 * k + 1][0], s[b][2 * k + 1][1]);
-        a[b][3] = ElementOps<Element>::pack(s[b][2 * k + 1][2], s[b][2 * k + 1][3]);
+        a[b][0] = Ops::pack(s[b][2 * k][0], s[b][2 * k][1]);
+        a[b][1] = Ops::pack(s[b][2 * k][2], s[b][2 * k][3]);
+        a[b][2] = Ops::pack(s[b][2 * k + 1][0], s[b][2 * k + 1][1]);
+        a[b][3] = Ops::pack(s[b][2 * k + 1][2], s[b][2 * k + 1][3]);
       }
 #pragma unroll
-      for (int n = 0; n < S::kHeadDimVo / 8; n += 2) {
-        uint32_t vb[4];
-        ptx::ldmatrix_x4_trans(vb, v_at + (k * 16 * S::kPitchVo + n * 8) * 2);
+      for (int chunk = 0; chunk < kChunks; chunk += 2) {
+        uint32_t vb[4];  // tokens 0-7 and 8-15 of this chunk, then of the next
+        ptx::ldmatrix_x4_trans(vb, v_at + k * 16 * kPlan.pitch_v + chunk * 16);
 #pragma unroll
-        for (int b = 0; b < T::kRowBlocks; ++b) {
-          ptx::mma_m16n8k16<Element>(state.o[b][n], a[b], vb[0], vb[1]);
-          ptx::mma_m16n8k16<Element>(state.o[b][n + 1], a[b], vb[2], vb[3]);
+        for (int next = 0; next < 2 && chunk + next < kChunks; ++next) {
+          const uint32_t lo = vb[next * 2], hi = vb[next * 2 + 1];
+          if constexpr (!S::kFp8) {
+#pragma unroll
+            for (int b = 0; b < T::kRowBlocks; ++b) {
+              ptx::mma_m16n8k16<Element>(state.o[b][chunk + next], a[b], lo, hi);
+            }
+          } else {
+            // Bytes of a register: (token 0, even), (token 0, odd), (token 1, even), (token 1,
+            // odd).
+#pragma unroll
+            for (int odd = 0; odd < 2; ++odd) {
+              const uint32_t select = odd ? 0x3414 : 0x2404;
+              const uint32_t b0 = Ops::widen_e4m3(__byte_perm(lo, 0, select));
+              const uint32_t b1 = Ops::widen_e4m3(__byte_perm(hi, 0, select));
+#pragma unroll
+              for (int b = 0; b < T::kRowBlocks; ++b) {
+                ptx::mma_m16n8k16<Element>(state.o[b][(chunk + next) * 2 + odd], a[b], b0, b1);
+              }
+            }
+          }
         }
       }
     }
   }
 
-  Band band_;
-  const RowInfo* rows_;
+  const KernelParams& p_;
+  const CurrentItem& current_;
+  const VariantRow* rows_;
   int lane_, first_row_, first_col_;
-  int q_pos_min_, q_pos_max_;
-  float scale_log2_;
+  int clear_begin_, clear_end_;  // KV positions that the band lets every row of the item see
+  float scale_;
 };
 
 }  // namespace fi::sm80

@@ -1,0 +1,7 @@
+"""vLLM on a GPU with this backend beside vLLM's own: tokens (``tokens``) and speed (``serve``).
+
+Both run where vLLM is on PYTHONPATH without being installed, and so may this checkout::
+
+    PYTHONPATH=/path/to/vllm:. python -m e2e_bench.vllm_gpu.tokens --out tokens.json
+    PYTHONPATH=/path/to/vllm:. python -m e2e_bench.vllm_gpu.serve --out serve.json
+"""

@@ -1,0 +1,55 @@
+"""Environment of vLLM's processes on a machine without a network."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+GROUP = "vllm.general_plugins"
+
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    # Neither is needed, and both compile at first use.
+    "VLLM_USE_DEEP_GEMM": "0",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # The path below decides which fi_backend is imported, not the working directory.
+    "PYTHONSAFEPATH": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+def engine_environment(scratch: Path) -> dict[str, str]:
+    """Return the environment of a process that runs vLLM with this backend.
+
+    Args:
+        scratch: folder for what has to be on the path where fi_backend is not installed.
+    """
+    paths = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    if not _is_installed():
+        paths.append(str(_declare_entry_points(scratch)))
+    # Last: an unpacked wheel that is on the path already comes before the checkout.
+    paths.append(str(ROOT))
+    return os.environ | OFFLINE | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _is_installed() -> bool:
+    return any(point.name == "fi_backend" for point in importlib.metadata.entry_points(group=GROUP))
+
+
+def _declare_entry_points(scratch: Path) -> Path:
+    """Return a folder that declares the checkout's entry points, as an installed wheel does."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    folder = scratch / "entry_points"
+    info = folder / f"fi_backend-{project['version']}.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    metadata = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    (info / "METADATA").write_text(metadata)
+    lines = []
+    for group, points in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {target}" for name, target in points.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    return folder

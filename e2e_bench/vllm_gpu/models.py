@@ -1,0 +1,106 @@
+"""Models made on the spot: small ones with random weights, and the shape of a large one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from e2e_bench.demo import tiny_models
+from e2e_bench.demo.tiny_models import TinyModel
+
+# Like the demo's small models, with head dimensions that every GPU backend serves.
+_COMMON = {
+    "vocab_size": tiny_models.VOCAB_SIZE,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": tiny_models.MAX_POSITIONS,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+_GPU_MODELS = (
+    TinyModel(
+        "gpu-llama",
+        "LlamaConfig",
+        "AutoModelForCausalLM",
+        _COMMON | {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128},
+    ),
+    TinyModel(
+        "gpu-gptoss",
+        "GptOssConfig",
+        "AutoModelForCausalLM",
+        _COMMON
+        | {
+            "intermediate_size": 256,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 128,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+)
+tiny_models.MODELS.update({model.name: model for model in _GPU_MODELS})
+
+# Llama-3.1-8B without its weights: engines fill them with noise (--load-format dummy).
+LLAMA_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def make_small(name: str) -> Path:
+    """Return the folder of a small model with weights: a key of ``tiny_models.MODELS``."""
+    return tiny_models.make(name, tiny_models.cache_folder())
+
+
+def make_llama_8b(folder: Path) -> Path:
+    """Return a folder with the configuration of Llama-3.1-8B and a tokenizer, without weights.
+
+    The tokenizer knows one word per id, so that a benchmark's random prompts keep their lengths.
+    """
+    target = folder / "llama-8b-shape"
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "config.json").write_text(json.dumps(LLAMA_8B))
+    words = ["<s>", "</s>", "<unk>", *(f"t{i}" for i in range(3, LLAMA_8B["vocab_size"]))]
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": i, "content": word, "special": True, **special}
+            for i, word in enumerate(words[:3])
+        ],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {
+            "type": "WordLevel",
+            "vocab": {word: i for i, word in enumerate(words)},
+            "unk_token": "<unk>",
+        },
+    }
+    (target / "tokenizer.json").write_text(json.dumps(tokenizer))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = names | {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 131072}
+    (target / "tokenizer_config.json").write_text(json.dumps(settings))
+    return target

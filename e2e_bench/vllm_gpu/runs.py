@@ -1,0 +1,174 @@
+"""What is run and what is compared: engines as data, and which of them must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+OURS, FA, TRITON = "CUSTOM", "FLASH_ATTN", "TRITON_ATTN"
+
+# Small steps, so that long prompts are prefilled in chunks; few sizes, so that graphs are captured
+# quickly; a fixed cache, so that engines beside each other on one GPU do not disturb vLLM's
+# memory profiling.
+OPTIONS: Mapping[str, Any] = {
+    "dtype": "bfloat16",
+    "max_model_len": 4096,
+    "max_num_seqs": 32,
+    "max_num_batched_tokens": 512,
+    "gpu_memory_utilization": 0.1,
+    "kv_cache_memory_bytes": 1 << 31,
+    "disable_log_stats": False,
+    "seed": 0,
+}
+GRAPH_SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One engine and all that it is asked.
+
+    Attributes:
+        name: unique.
+        model: of ``tiny_models``.
+        backend: vLLM's name of the attention backend.
+        graphs: CUDAGraphMode; "NONE": eager, without torch.compile too.
+        options: further arguments of vllm.LLM.
+        environment: further environment variables.
+        workloads: names of ``engine.WORKLOADS``; empty: all.
+        logprobs: whether log-probabilities are asked for.
+        alone: must not share the GPU with another run.
+        gpus: how many it needs.
+    """
+
+    name: str
+    model: str
+    backend: str
+    graphs: str = "NONE"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    workloads: tuple[str, ...] = ()
+    logprobs: bool = True
+    alone: bool = False
+    gpus: int = 1
+
+    def engine_options(self) -> dict[str, Any]:
+        """Return the arguments of vllm.LLM but the model."""
+        options = {**OPTIONS, "attention_backend": self.backend, **self.options}
+        if self.graphs == "NONE":
+            return options | {"enforce_eager": True}
+        compilation = {"cudagraph_mode": self.graphs, "cudagraph_capture_sizes": GRAPH_SIZES}
+        return options | {"compilation_config": compilation}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two runs that must agree up to rounding.
+
+    Attributes:
+        ours: run under test.
+        reference: what it is compared with.
+        noise: two runs of other backends, whose difference is what rounding does to this model.
+        else_noise: taken instead where one of the former fails.
+        shows: counts of ``ours`` that must be positive: evidence that the case is what it says.
+    """
+
+    ours: Run
+    reference: Run
+    noise: tuple[Run, Run]
+    shows: tuple[str, ...] = ("steps", "forwards")
+    else_noise: tuple[Run, Run] | None = None
+
+
+DECODE_GRAPHS = ("steps", "forwards", "decode_steps")
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 2,
+}
+# A cache of about half of what the workload needs.
+FULL_CACHE = {"num_gpu_blocks_override": 81, "max_model_len": 1024}
+
+
+def _pair(name: str, model: str) -> tuple[Run, Run]:
+    """Two backends of vLLM on one model."""
+    return Run(f"{name} fa", model, FA), Run(f"{name} triton", model, TRITON)
+
+
+def cases() -> list[Case]:
+    """Return all cases of one GPU, the most telling first, and one of two GPUs."""
+    llama = "gpu-llama"
+    plain = _pair("llama", llama)
+    fp8 = {"kv_cache_dtype": "fp8"}
+    both = "FULL_AND_PIECEWISE"
+    found = [
+        Case(Run("llama", llama, OURS, both), plain[0], plain, DECODE_GRAPHS),
+        Case(Run("llama FULL", llama, OURS, "FULL"), plain[0], plain),
+        Case(Run("llama eager", llama, OURS), plain[0], plain),
+        Case(
+            Run(
+                "llama ngram",
+                llama,
+                OURS,
+                both,
+                {"speculative_config": NGRAM},
+                workloads=("every token", "mixed", "chunked"),
+                logprobs=False,
+            ),
+            plain[0],
+            plain,
+            (*DECODE_GRAPHS, "drafted"),
+        ),
+        Case(
+            Run("llama full cache", llama, OURS, both, FULL_CACHE, workloads=("crowd",)),
+            plain[0],
+            plain,
+            (*DECODE_GRAPHS, "preemptions"),
+        ),
+        Case(
+            Run("llama fp8", llama, OURS, both, fp8),
+            plain[0],
+            (plain[0], Run("llama fp8 triton", llama, TRITON, options=fp8)),
+            DECODE_GRAPHS,
+        ),
+    ]
+    # Windows with soft caps, with sinks, alone. Triton serves all of it in every build of vLLM, FA3
+    # caps and sinks in most.
+    for name, model in (("gemma2", "gemma2"), ("gptoss", "gpu-gptoss"), ("gemma3", "gemma3")):
+        fa, triton = _pair(name, model)
+        ours = Run(name, model, OURS, both)
+        found.append(Case(ours, triton, (triton, fa), DECODE_GRAPHS, else_noise=plain))
+    found += [
+        Case(Run("llama fp16", llama, OURS, both, {"dtype": "float16"}), plain[0], plain),
+        Case(
+            Run(
+                "llama runner V1, memory profiled",
+                llama,
+                OURS,
+                both,
+                {"kv_cache_memory_bytes": None},
+                {"VLLM_USE_V2_MODEL_RUNNER": "0"},
+                alone=True,
+            ),
+            plain[0],
+            plain,
+            DECODE_GRAPHS,
+        ),
+        Case(
+            Run(
+                "llama two GPUs",
+                llama,
+                OURS,
+                both,
+                {"tensor_parallel_size": 2},
+                {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"},
+                alone=True,
+                gpus=2,
+            ),
+            plain[0],
+            plain,
+            DECODE_GRAPHS,
+        ),
+    ]
+    return found

@@ -1,0 +1,196 @@
+"""``vllm serve`` on a GPU with several attention backends, one after another, under one load.
+
+``python -m e2e_bench.vllm_gpu.serve --out serve.json`` serves the shape of Llama-3.1-8B with dummy
+weights and drives it with ``vllm bench serve``. A run may cover a part, ``--backends CUSTOM
+--workloads mixed1k``: figures are added to those that the file holds already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from e2e_bench.demo.server import MODEL_NAME, Server, ServerFailed
+from e2e_bench.vllm_gpu.environment import engine_environment
+from e2e_bench.vllm_gpu.models import make_llama_8b
+
+BACKENDS = ("CUSTOM", "TRITON_ATTN", "FLASH_ATTN")
+SEED = 7
+OUTPUT_TOKENS = 128
+MAX_MODEL_LEN = 40_960
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests of one benchmark; each generates OUTPUT_TOKENS tokens.
+
+    Attributes:
+        input_tokens: mean of a request's own tokens.
+        spread: input tokens are uniform within this share of the mean, up and down.
+        prompts: requests.
+        in_flight: requests at a time.
+        prefix_tokens: leading tokens that all requests have in common.
+    """
+
+    input_tokens: int
+    spread: float
+    prompts: int
+    in_flight: int
+    prefix_tokens: int = 0
+
+    def options(self) -> list[str]:
+        """Return the command line of ``vllm bench serve``."""
+        spread = json.dumps({"input": self.spread, "output": 0.0})
+        options = {
+            "--random-input-len": self.input_tokens,
+            "--random-output-len": OUTPUT_TOKENS,
+            "--random-range-ratio": spread,
+            "--random-prefix-len": self.prefix_tokens,
+            "--num-prompts": self.prompts,
+            "--max-concurrency": self.in_flight,
+        }
+        return [str(part) for pair in options.items() for part in pair]
+
+
+LOADS = {
+    "mixed1k": Load(1024, 0.8, prompts=320, in_flight=64),
+    "long32k": Load(32_000, 0.0, prompts=16, in_flight=8),
+    "shared8k": Load(256, 0.0, prompts=192, in_flight=64, prefix_tokens=8192),
+}
+FIGURES = (
+    "completed",
+    "failed",
+    "duration",
+    "output_throughput",
+    "total_token_throughput",
+    "mean_itl_ms",
+    "median_itl_ms",
+    "p99_itl_ms",
+    "mean_tpot_ms",
+    "median_tpot_ms",
+    "mean_ttft_ms",
+    "median_ttft_ms",
+)
+# What a server says about itself while it starts.
+LOG_FIGURES = {
+    "kv_cache_tokens": r"GPU KV cache size: ([\d,]+) tokens",
+    "graph_capture_s": r"Graph capturing finished in ([\d.]+) secs",
+    "graph_capture_gib": r"Graph capturing finished in [\d.]+ secs, took ([-\d.]+) GiB",
+    "model_gib": r"Model loading took ([\d.]+) GiB",
+}
+
+
+def drive(server: Server, model: Path, load: Load, environment: Mapping[str, str]) -> Any:
+    """Return the figures of one benchmark against a running server."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
+        command += ["--backend", "vllm", "--base-url", server.url, "--model", MODEL_NAME]
+        command += ["--tokenizer", str(model), "--dataset-name", "random", *load.options()]
+        command += ["--seed", str(SEED), "--temperature", "0", "--ignore-eos", "--disable-tqdm"]
+        command += ["--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "99"]
+        command += ["--save-result", "--result-dir", folder, "--result-filename", "out.json"]
+        done = subprocess.run(
+            command, env=dict(environment), capture_output=True, text=True, check=False
+        )
+        result = Path(folder) / "out.json"
+        if done.returncode != 0 or not result.exists():
+            raise ServerFailed(f"vllm bench serve: {done.stdout[-1000:]}{done.stderr[-2000:]}")
+        figures = json.loads(result.read_text())
+    return {name: figures[name] for name in FIGURES if name in figures}
+
+
+def measure(
+    backend: str,
+    loads: Sequence[str],
+    scratch: Path,
+    options: Sequence[str],
+    save: Any,
+) -> None:
+    """Serve with one backend and measure each load.
+
+    Args:
+        backend: vLLM's name of it.
+        loads: keys of LOADS, in order.
+        scratch: folder for the model, logs and what has to be on the path.
+        options: further command line of ``vllm serve``.
+        save: called with (backend, load or "server", figures) as soon as they are there.
+    """
+    environment, model = engine_environment(scratch), make_llama_8b(scratch)
+    log = scratch / f"{backend}.log"
+    # After the demo's options, which are for a small machine: the last one counts.
+    gpu = ["--dtype", "bfloat16", "--no-enforce-eager", "--load-format", "dummy"]
+    gpu += ["--max-model-len", str(MAX_MODEL_LEN), *options]
+    server = Server(model, backend, log, gpu, environment)
+    with server:
+        text = log.read_text(errors="replace")
+        facts: dict[str, Any] = {"ready_s": round(server.ready_s, 1)}
+        for name, pattern in LOG_FIGURES.items():
+            match = re.search(pattern, text)
+            facts[name] = float(match[1].replace(",", "")) if match else None
+        save(backend, "server", facts)
+        for name in loads:
+            started = time.monotonic()
+            figures = drive(server, model, LOADS[name], environment)
+            save(backend, name, figures | {"wall_s": round(time.monotonic() - started, 1)})
+
+
+def main() -> int:
+    """Measure the backends and loads that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="JSON to write or to add to")
+    parser.add_argument("--backends", nargs="+", default=list(BACKENDS))
+    parser.add_argument("--workloads", nargs="+", default=list(LOADS), choices=list(LOADS))
+    parser.add_argument("--logs", type=Path, help="folder for the servers' logs; else temporary")
+    parser.add_argument("options", nargs="*", help="after --: further options of vllm serve")
+    args = parser.parse_args()
+    rows = json.loads(args.out.read_text()) if args.out.exists() else {"meta": {}, "rows": {}}
+    rows["meta"] = _meta(args.options)
+
+    def save(backend: str, name: str, figures: Mapping[str, Any]) -> None:
+        rows["rows"].setdefault(backend, {})[name] = dict(figures)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+        print(json.dumps({"backend": backend, "workload": name, **figures}), flush=True)
+
+    broken = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = args.logs or Path(temporary)
+        for backend in args.backends:
+            try:
+                measure(backend, args.workloads, scratch.absolute(), args.options, save)
+            except ServerFailed as error:
+                broken += 1
+                save(backend, "failed", {"why": str(error)})
+    return 1 if broken else 0
+
+
+def _meta(options: Sequence[str]) -> dict[str, Any]:
+    import torch
+    import vllm
+
+    from fi_backend.nvidia import find_driver  # takes no GPU memory, unlike torch
+
+    return {
+        "gpus": [gpu.name for gpu in find_driver().gpus],
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "cpus": os.cpu_count(),
+        "output_tokens": OUTPUT_TOKENS,
+        "options": list(options),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""The generated text of attention kernels: it only names an instantiation of fi/sm80/kernel.h."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from fi_backend import _core
+from fi_backend.errors import Unsupported, require
+from fi_backend.formats import HeadShape
+from fi_backend.jit.kernels import HOPPER_SHARED_BYTES, DeviceKernel
+from fi_backend.variants import Variant
+from fi_backend.variants.source_text import device_structs, device_variant
+
+ENTRY = "fi_attention"
+MAX_VARIANT_PARAMS = 16  # kMaxVariantParams of kernel_params.h
+_ELEMENTS = {torch.bfloat16: ("__nv_bfloat16", "bf16"), torch.float16: ("__half", "fp16")}
+_KV_ELEMENTS = {**_ELEMENTS, torch.float8_e4m3fn: ("__nv_fp8_e4m3", "fp8")}
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What one specialisation of the attention kernel is made for.
+
+    Attributes:
+        head_dim_qk: components of q and k.
+        head_dim_vo: components of v and of the output.
+        dtype: of q: bfloat16 or float16.
+        kv_dtype: of the cache: ``dtype`` or float8_e4m3fn.
+        group_size: query heads per KV head.
+        variant: what happens to logits; None: plain softmax attention. Bands and sinks are
+            arguments of the launch and need no specialisation.
+        tiles: (rows, kv_tile, stages) of each item class, in the planner's order.
+        ctas_per_sm: CTAs that share a multiprocessor, which bounds registers.
+        plain_pages: table entries are page ids and the page size is a power of two.
+        aligned: addresses and strides of q, K and V are multiples of 16 bytes.
+    """
+
+    head_dim_qk: int
+    head_dim_vo: int
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    group_size: int
+    variant: Variant | None
+    tiles: tuple[tuple[int, int, int], ...]
+    ctas_per_sm: int
+    plain_pages: bool
+    aligned: bool
+
+
+def attention_spec(
+    heads: HeadShape,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    variant: Variant | None,
+    *,
+    max_q_len: int,
+    max_requests: int,
+    plain_pages: bool = True,
+    aligned: bool = True,
+    max_shared_bytes_per_sm: int = HOPPER_SHARED_BYTES,
+) -> AttentionSpec:
+    """Return the specialisation for a layer class, with the item classes that its steps can need.
+
+    Args:
+        heads: of one rank.
+        dtype: of q.
+        kv_dtype: of the cache.
+        variant: as in ``AttentionSpec``.
+        max_q_len: query tokens of one request at most; 1 in decode-only steps.
+        max_requests: requests of a step at most.
+        plain_pages: as in ``AttentionSpec``.
+        aligned: as in ``AttentionSpec``.
+        max_shared_bytes_per_sm: of the GPU: ``_core.device_info`` knows it where there is one,
+            ``kernels.shared_bytes_of_arch`` elsewhere.
+    """
+    dims = (heads.head_dim_qk, heads.head_dim_vo)
+    table = _core.sm80_tiles(
+        *dims,
+        kv_dtype.itemsize,
+        heads.group_size,
+        max_q_len,
+        max_requests,
+        max_shared_bytes_per_sm,
+    )
+    tiles = tuple(
+        (c.rows, c.kv_tile, stages) for c, stages in zip(table.classes, table.stages, strict=True)
+    )
+    return AttentionSpec(
+        *dims,
+        dtype,
+        kv_dtype,
+        heads.group_size,
+        variant,
+        tiles,
+        table.ctas_per_sm,
+        plain_pages,
+        aligned,
+    )
+
+
+@lru_cache(maxsize=1024)
+def attention_kernel(spec: AttentionSpec) -> DeviceKernel:
+    """Return the kernel of a specialisation.
+
+    Raises:
+        Unsupported: dtypes without a kernel, or a variant with too many parameters.
+    """
+    _require_dtypes(spec)
+    functions = () if spec.variant is None else tuple(spec.variant.all_functions())
+    count = sum(len(function.params) for function in functions)
+    rule = f"at most {MAX_VARIANT_PARAMS} parameters, summed over the functions of the variant"
+    hint = "pack scalars into one tensor"
+    require(count <= MAX_VARIANT_PARAMS, "variant", rule, count, hint, kind=Unsupported)
+    shared_bytes = _core.sm80_shared_bytes(
+        spec.head_dim_qk, spec.head_dim_vo, spec.kv_dtype.itemsize, list(spec.tiles)
+    )
+    parts = ('#include "fi/sm80/kernel.h"\n', device_structs(functions), _entry(spec))
+    return DeviceKernel(_title(spec), ENTRY, "\n".join(filter(None, parts)), shared_bytes)
+
+
+def _require_dtypes(spec: AttentionSpec) -> None:
+    names = {"dtype": (spec.dtype, _ELEMENTS), "kv_dtype": (spec.kv_dtype, _KV_ELEMENTS)}
+    for name, (dtype, known) in names.items():
+        rule = " or ".join(str(one).removeprefix("torch.") for one in known)
+        hint = "convert it, or use the CPU engine"
+        require(dtype in known, name, rule, dtype, hint, kind=Unsupported)
+    is_fp8 = spec.kv_dtype == torch.float8_e4m3fn
+    hint = "store the cache in the dtype of q or in float8_e4m3fn"
+    rule = f"{spec.dtype} or torch.float8_e4m3fn"
+    served = is_fp8 or spec.kv_dtype == spec.dtype
+    require(served, "kv_dtype", rule, spec.kv_dtype, hint, kind=Unsupported)
+
+
+def _entry(spec: AttentionSpec) -> str:
+    flags = ("false", "true")
+    shape = ", ".join(
+        (
+            _ELEMENTS[spec.dtype][0],
+            _KV_ELEMENTS[spec.kv_dtype][0],
+            *map(str, (spec.head_dim_qk, spec.head_dim_vo, spec.group_size)),
+            flags[spec.plain_pages],
+            flags[spec.aligned],
+        )
+    )
+    tiles = ",\n      ".join("Tile<{}, {}, {}>".format(*tile) for tile in spec.tiles)
+    return (
+        f'extern "C" __global__ void __launch_bounds__(fi::sm80::kThreads, {spec.ctas_per_sm})\n'
+        f"{ENTRY}(const __grid_constant__ fi::KernelParams p) {{\n"
+        "  using namespace fi;\n  using namespace fi::sm80;\n"
+        f"  run<Shape<{shape}>,\n      {device_variant(spec.variant)},\n      {tiles}>(p);\n}}\n"
+    )
+
+
+def _title(spec: AttentionSpec) -> str:
+    """For example "attention d128 g4 bf16 kv fp8 16x64+64x64 soft_cap plain"."""
+    dims = (spec.head_dim_qk, spec.head_dim_vo)
+    words = [
+        "attention",
+        f"d{dims[0]}" if dims[0] == dims[1] else f"d{dims[0]}/{dims[1]}",
+        f"g{spec.group_size}",
+        _ELEMENTS[spec.dtype][1],
+        f"kv {_KV_ELEMENTS[spec.kv_dtype][1]}",
+        "+".join(f"{rows}x{kv_tile}" for rows, kv_tile, _ in spec.tiles),
+        "softmax" if spec.variant is None else spec.variant.name,
+        "plain" if spec.plain_pages else "any-table",
+    ]
+    return " ".join(words if spec.aligned else [*words, "unaligned"])

@@ -1,0 +1,140 @@
+"""All device kernels that serving a model needs: the one place that lists them.
+
+``python -m fi_backend.jit prebuild`` compiles them on any machine; planners compile the same ones
+when an engine starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fi_backend import _core
+from fi_backend.cuda_ops import AppendSpec, append_kernels, merge_kernel
+from fi_backend.errors import require
+from fi_backend.jit.attention_kernels import attention_kernel, attention_spec
+from fi_backend.jit.kernels import HOPPER_SHARED_BYTES, DeviceKernel, distinct
+from fi_backend.jit.models import ModelShape
+from fi_backend.plan_kernel import PlanKernel
+
+# Query tokens of a request in a verification step: one, and up to 15 speculated.
+MAX_VERIFIED = 16
+# Multiprocessors of GPUs from L4 to RTX PRO 6000: a planner's threads follow from them.
+_NUM_SMS = (58, 78, 108, 132, 148, 188)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a model is served, as far as kernels depend on it.
+
+    Attributes:
+        tensor_parallel: ranks that share the heads.
+        kv_dtype: of the cache; None: that of the model.
+        page_size: tokens of a page.
+        max_requests: requests of a step.
+        max_tokens: query tokens of a step.
+        max_kv_len: KV tokens of a request.
+        max_shared_bytes_per_sm: of the GPU.
+
+    Raises:
+        InvalidInput: a count that is not positive.
+    """
+
+    tensor_parallel: int = 1
+    kv_dtype: torch.dtype | None = None
+    page_size: int = 16
+    max_requests: int = 256
+    max_tokens: int = 8192
+    max_kv_len: int = 131072
+    max_shared_bytes_per_sm: int = HOPPER_SHARED_BYTES
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int):
+                require(value > 0, name, "a positive count", value, "pass the engine's setting")
+
+    @property
+    def plain_pages(self) -> bool:
+        """Whether page ids need no division; see ``AttentionSpec``."""
+        return self.page_size & (self.page_size - 1) == 0
+
+    @property
+    def q_lens(self) -> list[int]:
+        """Query tokens of the longest request of a step: decoding, verification, any step."""
+        return [*range(1, MAX_VERIFIED + 1), max(MAX_VERIFIED, self.max_tokens)]
+
+
+def serving_kernels(shape: ModelShape, serving: Serving) -> list[DeviceKernel]:
+    """Return every kernel of a model, each once: the decode kernel first.
+
+    Raises:
+        InvalidInput: ranks that do not divide the heads.
+        Unsupported: a shape or dtype without a kernel.
+    """
+    return distinct(
+        [
+            *_attention_kernels(shape, serving),
+            *_planner_kernels(shape, serving),
+            *_kv_kernels(shape, serving),
+        ]
+    )
+
+
+def _attention_kernels(shape: ModelShape, serving: Serving) -> Iterator[DeviceKernel]:
+    heads = shape.heads_of_rank(serving.tensor_parallel)
+    for q_len in serving.q_lens:
+        spec = attention_spec(
+            heads,
+            shape.dtype,
+            serving.kv_dtype or shape.dtype,
+            shape.variant,
+            max_q_len=q_len,
+            max_requests=serving.max_requests,
+            plain_pages=serving.plain_pages,
+            max_shared_bytes_per_sm=serving.max_shared_bytes_per_sm,
+        )
+        yield attention_kernel(spec)
+
+
+def _planner_kernels(shape: ModelShape, serving: Serving) -> Iterator[DeviceKernel]:
+    heads = shape.heads_of_rank(serving.tensor_parallel)
+    for q_len in serving.q_lens:
+        tiles = _core.sm80_tiles(
+            heads.head_dim_qk,
+            heads.head_dim_vo,
+            (serving.kv_dtype or shape.dtype).itemsize,
+            heads.group_size,
+            q_len,
+            serving.max_requests,
+            serving.max_shared_bytes_per_sm,
+        )
+        is_general = q_len == serving.q_lens[-1]
+        for num_sms in _NUM_SMS:
+            config = _core.PlanConfig(
+                num_qo_heads=heads.num_qo_heads,
+                num_kv_heads=heads.num_kv_heads,
+                num_ctas=num_sms * tiles.ctas_per_sm,
+                band=_core.Band(-1, 0, 0),
+                invariant_chunk=0,
+                classes=tiles.classes,
+                capacity=_core.PlanCapacity(
+                    max_requests=serving.max_requests,
+                    max_tokens=serving.max_tokens if is_general else q_len * serving.max_requests,
+                    max_kv_len=serving.max_kv_len,
+                    max_nodes=0,
+                    max_links=0,
+                    max_shared_tokens=0,
+                ),
+            )
+            yield PlanKernel.device_kernel(config, config.layout())
+
+
+def _kv_kernels(shape: ModelShape, serving: Serving) -> Iterator[DeviceKernel]:
+    heads = shape.heads
+    spec = AppendSpec(
+        shape.dtype, serving.kv_dtype or shape.dtype, heads.head_dim_qk, heads.head_dim_vo
+    )
+    yield from append_kernels(spec)
+    yield merge_kernel(heads.head_dim_vo, shape.variant is None or shape.variant.softmax)

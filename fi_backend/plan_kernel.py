@@ -1,0 +1,132 @@
+"""The planner on the device: enqueues the kernel that writes the plan of a step without nodes.
+
+The kernel writes the same bytes as ``kernels/host/planner.cc`` from lengths in device memory, and
+nothing comes back to the host. Code: kernels/include/fi/common/planner.h; docs/planning.md says how
+it works.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fi_backend import _core
+from fi_backend.errors import Unsupported, require
+from fi_backend.formats import PagedBatch
+from fi_backend.jit.kernels import DeviceKernel, load
+
+# Dynamic shared memory that every architecture from sm_80 on grants to a CTA: 99 KiB on sm_86,
+# sm_89 and sm_120, of which the kernel itself declares less than one.
+MAX_SHARED_BYTES = 96 << 10
+# CTAs where the scratch lies in global memory: each works out all tables in a copy of its own.
+_CTAS_WITH_GLOBAL_SCRATCH = 16
+# Two warps of a CTA write that many in one round; more CTAs than that would write nothing.
+_ITEMS_PER_CTA = 64
+_THREADS = (256, 512, 1024)
+
+# threads, scratch in shared memory, batch-invariant mode
+SOURCE = """#include "fi/common/planner_block.h"
+
+extern "C" __global__ void __launch_bounds__({threads})
+fi_plan(const __grid_constant__ fi::PlanKernelParams p) {{
+  fi::planner::run<{threads}, {in_shared}, {is_invariant}>(p);
+}}
+"""
+
+
+class PlanKernel:
+    """Plans the steps of one layer class on a CUDA device.
+
+    Args:
+        config: the layer class, its tile classes and capacity.
+        layout: ``config.layout()``.
+        device: CUDA device of the plans.
+
+    Raises:
+        Unsupported, CompileFailed, DeviceError: as ``jit.kernels.load``.
+
+    One object serves one stream at a time. Where the tables of a CTA exceed its shared memory, it
+    holds ``scratch_bytes(config, layout)`` of device memory.
+    """
+
+    def __init__(
+        self, config: _core.PlanConfig, layout: _core.PlanLayout, device: torch.device
+    ) -> None:
+        kernel = self.device_kernel(config, layout)
+        self._kernel = load(kernel, device)
+        self._params = _core.PlanKernelParams(config, layout)
+        self._threads = _num_threads(self._params, layout)
+        ctas = -(-layout.max_items // _ITEMS_PER_CTA)
+        self._grid = max(1, min(ctas, _core.device_info(self._kernel.device).num_sms))
+        self._scratch: Tensor | None = None
+        num_bytes = scratch_bytes(config, layout)
+        if num_bytes > 0:
+            self._grid = _CTAS_WITH_GLOBAL_SCRATCH
+            self._scratch = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            self._params.scratch = self._scratch.data_ptr()
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Device memory held, ``scratch_bytes(config, layout)``."""
+        return 0 if self._scratch is None else self._scratch.numel()
+
+    @staticmethod
+    def device_kernel(config: _core.PlanConfig, layout: _core.PlanLayout) -> DeviceKernel:
+        """Return the kernel that plans this class; the same for any architecture."""
+        params = _core.PlanKernelParams(config, layout)
+        threads, scratch = _num_threads(params, layout), params.scratch_bytes
+        in_shared = scratch <= MAX_SHARED_BYTES
+        mode = ", batch-invariant" if params.is_invariant else ""
+        place = "" if in_shared else ", scratch in global memory"
+        return DeviceKernel(
+            title=f"planner, {threads} threads{mode}{place}",
+            entry="fi_plan",
+            source=SOURCE.format(
+                threads=threads,
+                in_shared=str(in_shared).lower(),
+                is_invariant=str(params.is_invariant).lower(),
+            ),
+            shared_bytes=scratch if in_shared else 0,
+        )
+
+    def enqueue(self, batch: PagedBatch, plan: Tensor, status: Tensor | None, stream: int) -> None:
+        """Plan ``batch`` into ``plan``; returns before the device has begun.
+
+        The kernel reads the batch's tensors when it runs: they may be filled by earlier work of the
+        stream, and a captured launch reads what lies at the same addresses at replay. The number of
+        requests is captured: pad with requests of no tokens.
+
+        Args:
+            batch: qo_indptr and kv_len on the device; no nodes.
+            plan: uint8 [layout.total_bytes] device, 16-byte aligned.
+            status: int32 [1] device or pinned host: the PlanStatus bits of lengths out of contract,
+                which are clamped, are OR-ed in; None: they only show in the plan's header.
+            stream: CUDA stream handle.
+
+        Raises:
+            Unsupported: the batch has nodes.
+            DeviceError: the launch failed.
+        """
+        if batch.nodes is not None:
+            hint = "plan batches with nodes on the host"
+            require(False, "batch.nodes", "none on the device", "some", hint, kind=Unsupported)
+        params = self._params
+        params.num_requests = batch.num_requests
+        params.qo_indptr = batch.qo_indptr.data_ptr()
+        params.kv_len = batch.kv_len.data_ptr()
+        params.kv_len_is_int64 = batch.kv_len.dtype == torch.int64
+        params.plan = plan.data_ptr()
+        params.status = 0 if status is None else status.data_ptr()
+        _core.launch_plan(self._kernel, params, self._grid, self._threads, stream)
+
+
+def scratch_bytes(config: _core.PlanConfig, layout: _core.PlanLayout) -> int:
+    """Return the device memory that a PlanKernel allocates; none at usual capacities."""
+    one = _core.PlanKernelParams(config, layout).scratch_bytes
+    return 0 if one <= MAX_SHARED_BYTES else _CTAS_WITH_GLOBAL_SCRATCH * one
+
+
+def _num_threads(params: _core.PlanKernelParams, layout: _core.PlanLayout) -> int:
+    """Return the threads of a CTA: all requests and cuts in one round, all row tiles in two."""
+    wanted = max(params.max_requests, layout.num_ctas + 1, params.max_row_tiles // 2)
+    return next((n for n in _THREADS if n >= wanted), _THREADS[-1])

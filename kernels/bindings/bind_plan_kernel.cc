@@ -1,0 +1,61 @@
+// The planner kernel: its parameter block and its launch.
+#include "bindings/address.h"
+#include "bindings/bind.h"
+#include "fi/common/planner_params.h"
+#include "host/planner.h"
+#include "launch/kernel.h"
+
+namespace py = pybind11;
+
+namespace fi {
+namespace {
+
+PlanKernelParams make_params(const host::PlanConfig& config, const PlanLayout& layout) {
+  constexpr int32_t kMaxCtas = 1 << 15;  // exclusive: fi/plan/divide.h, divide()
+  if (config.num_ctas >= kMaxCtas) {
+    throw py::value_error("num_ctas: expected fewer than " + std::to_string(kMaxCtas) + ", got " +
+                          std::to_string(config.num_ctas) +
+                          "; a few per multiprocessor are enough");
+  }
+  PlanKernelParams params{};
+  params.tiling = host::make_tiling(config);
+  params.layout = layout;
+  params.num_kv_heads = make_divisor(config.num_kv_heads);
+  params.num_ctas = make_divisor(config.num_ctas);
+  params.max_requests = config.capacity.max_requests;
+  params.max_tokens = config.capacity.max_tokens;
+  params.max_kv_len = config.capacity.max_kv_len;
+  params.max_row_tiles = layout.max_units / config.num_kv_heads;
+  return params;
+}
+
+void launch_plan(const launch::Kernel& kernel, const PlanKernelParams& params, int32_t grid,
+                 int32_t threads, std::uintptr_t stream) {
+  kernel.launch(&params, grid, 1, threads, stream);
+}
+
+}  // namespace
+
+void bind_plan_kernel(py::module_& m) {
+  py::class_<PlanKernelParams> params(m, "PlanKernelParams");
+  def_pointer(params, "qo_indptr", &PlanKernelParams::qo_indptr);
+  def_pointer(params, "kv_len", &PlanKernelParams::kv_len);
+  def_pointer(params, "plan", &PlanKernelParams::plan);
+  def_pointer(params, "status", &PlanKernelParams::status);
+  def_pointer(params, "scratch", &PlanKernelParams::scratch);
+  params.def(py::init(&make_params), py::arg("config"), py::arg("layout"))
+      .def_readwrite("num_requests", &PlanKernelParams::num_requests)
+      .def_readwrite("kv_len_is_int64", &PlanKernelParams::kv_len_is_int64)
+      .def_readonly("max_requests", &PlanKernelParams::max_requests)
+      .def_readonly("max_row_tiles", &PlanKernelParams::max_row_tiles)
+      .def_property_readonly(
+          "is_invariant", [](const PlanKernelParams& self) { return self.tiling.chunk.value > 0; })
+      .def_property_readonly("scratch_bytes", &planner::scratch_bytes)
+      .def("__bytes__", [](const PlanKernelParams& self) {
+        return py::bytes(reinterpret_cast<const char*>(&self), sizeof(self));
+      });
+  m.def("launch_plan", &launch_plan, py::arg("kernel"), py::arg("params"), py::arg("grid"),
+        py::arg("threads"), py::arg("stream"));
+}
+
+}  // namespace fi

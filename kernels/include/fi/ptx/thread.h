@@ -1,0 +1,24 @@
+// Special registers. PTX ISA 10.
+#pragma once
+
+#include "fi/core/types.h"
+
+namespace fi::ptx {
+
+// threadIdx.x (unsigned: a remainder is then a mask), read anew at every call. Volatile on purpose:
+// what is computed from it is not moved out of the persistent loop, where it would occupy registers
+// through every main loop.
+__device__ inline uint32_t thread_index() {
+  uint32_t index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
+// The same address, in a form that the compiler computes where it is used and not before.
+__device__ inline const void* here(const void* address) {
+  const void* same;
+  asm volatile("mov.b64 %0, %1;" : "=l"(same) : "l"(address));
+  return same;
+}
+
+}  // namespace fi::ptx

@@ -1,0 +1,143 @@
+"""The scripts that compare and measure engines on a GPU: what needs no GPU of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from e2e_bench.vllm_gpu import environment, serve, tokens
+from e2e_bench.vllm_gpu.compare import Agreement, compare, judge
+from e2e_bench.vllm_gpu.engine import WORKLOADS, find_run
+from e2e_bench.vllm_gpu.models import make_llama_8b
+from e2e_bench.vllm_gpu.runs import OURS, Case, Run, cases
+
+
+def said(ids: list[int], logprobs: list[float], gaps: list[float], scored: float = -1.0) -> Any:
+    answer = {"tokens": ids, "logprobs": logprobs, "gaps": gaps}
+    return {"answers": {"mixed": [answer]}, "scored": [scored]}
+
+
+REFERENCE = said([5, 6, 7], [-0.1, -0.2, -0.3], [2.0, 1.0, 0.06])
+NOISE = Agreement([0.02, 0.002, 0.002], [], 100)
+
+
+def test_differences_count_up_to_where_tokens_part() -> None:
+    found = compare(said([5, 6, 8], [-0.11, -0.2, -9.0], [0, 0, 0], -1.01), REFERENCE)
+    assert found.tokens == 2
+    assert found.divergences == [{"workload": "mixed", "prompt": 0, "position": 2, "gap": 0.06}]
+    assert found.differences == pytest.approx([0.01, 0.0, 0.01])
+
+
+def test_near_ties_may_part_and_clear_choices_may_not() -> None:
+    tie = compare(said([5, 6, 8], [-0.1, -0.2, -9.0], [0, 0, 0]), REFERENCE)
+    assert judge(tie, NOISE) == []
+    clear = compare(said([5, 9, 8], [-0.1, -9.0, -9.0], [0, 0, 0]), REFERENCE)
+    (reason,) = judge(clear, NOISE)
+    assert "tokens part where they should not" in reason and "'position': 1" in reason
+
+
+def test_logprobs_beyond_the_noise_are_reported() -> None:
+    far = compare(said([5, 6, 7], [-0.1, -0.4, -0.3], [0, 0, 0]), REFERENCE)
+    reasons = judge(far, NOISE)
+    assert [r.split(" by")[0] for r in reasons] == ["log-probabilities differ"] * 2
+    assert judge(compare(REFERENCE, REFERENCE), NOISE) == []
+    assert judge(Agreement(), NOISE) == ["nothing was compared"]
+    broken = compare(said([5, 6, 7], [-0.1, float("nan"), -0.3], [0, 0, 0]), REFERENCE)
+    assert judge(broken, NOISE), "a NaN agrees with nothing"
+
+
+def test_cases_are_what_they_say() -> None:
+    names = [run.name for run in tokens.runs_of(cases())]
+    assert len(names) == len(set(names))
+    for case in cases():
+        assert case.ours.backend == OURS != case.reference.backend
+        assert case.reference.name in names and find_run(case.ours.name) == case.ours
+        assert set(case.ours.workloads) <= set(WORKLOADS)
+        assert {run.backend for run in case.noise}.isdisjoint({OURS})
+    full = next(case.ours for case in cases() if case.ours.graphs == "FULL")
+    assert full.engine_options()["compilation_config"]["cudagraph_mode"] == "FULL"
+
+
+def result(backend: str, forwards: int) -> dict[str, Any]:
+    counts = {"steps": 3, "forwards": forwards, "decode_steps": 0}
+    facts = {"runner_v2": True, "async_scheduling": True, "cudagraph_mode": "FULL"}
+    return REFERENCE | facts | {"backend": backend, "counts": counts, "total_s": 1.0}
+
+
+def test_report_wants_evidence_that_ours_ran(capsys: pytest.CaptureFixture[str]) -> None:
+    ours, theirs, other = (Run(n, "m", b) for n, b in (("a", OURS), ("b", "B"), ("c", "C")))
+    case = Case(ours, theirs, (theirs, other), ("steps", "forwards"))
+    board = tokens.Board([case])
+    board.add(theirs, result("B", 0))
+    board.add(other, result("C", 0))
+    assert board.lines == []
+    board.add(ours, result(OURS, 4))
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+    results = {"a": result(OURS, 0), "b": result("B", 1), "c": {"failed": "exit status 1"}}
+    (reason,) = tokens.report(case, results)["reasons"]
+    assert reason == "c: exit status 1"
+    stand_in = dataclasses.replace(case, else_noise=(theirs, theirs))
+    assert tokens.report(stand_in, results)["noise_from"] == ["b", "b"]
+    results["c"] = result("C", 0)
+    assert tokens.report(case, results)["reasons"] == [
+        "forwards is zero",
+        "b: our attention ran in the reference",
+    ]
+
+
+def test_a_failed_engine_is_reported_with_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "engine_environment", lambda _: dict(os.environ))
+    runner = tokens.Runner(tmp_path, deadline=float("inf"), limit_s=60.0)
+    failed = runner.run(Run("no such run", "m", OURS))
+    assert failed["failed"] == "exit status 1" and "StopIteration" in failed["log"]
+    runner.limit_s = 0.01
+    assert runner.run(Run("slow", "m", OURS))["failed"] == "exit status none after 0 s"
+    runner.deadline = 0.0
+    assert runner.run(Run("late", "m", OURS)) == {"failed": "no time left"}
+
+
+def test_entry_points_of_a_checkout_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "_is_installed", lambda: False)
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    variables = environment.engine_environment(tmp_path)
+    paths = variables["PYTHONPATH"].split(os.pathsep)
+    assert paths[0] == "/elsewhere" and paths[-1] == str(environment.ROOT)
+    (found,) = importlib.metadata.distributions(path=[paths[1]])
+    points = {(p.group, p.name): p.value for p in found.entry_points}
+    assert points[environment.GROUP, "fi_backend"] == "fi_backend.integrations.vllm:register"
+    code = "import fi_backend, e2e_bench, os; print(os.path.dirname(e2e_bench.__file__))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(environment.ROOT / "e2e_bench")
+
+
+def test_the_large_shape_has_one_token_per_word(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = make_llama_8b(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = [3, 128255, 77, 4]
+    assert tokenizer.encode(tokenizer.decode(ids)) == ids
+    assert len(tokenizer) == AutoConfig.from_pretrained(folder).vocab_size
+
+
+def test_loads_are_those_of_the_tables() -> None:
+    options = serve.LOADS["mixed1k"].options()
+    pairs = dict(zip(options[::2], options[1::2], strict=True))
+    assert json.loads(pairs["--random-range-ratio"]) == {"input": 0.8, "output": 0.0}
+    assert (pairs["--num-prompts"], pairs["--max-concurrency"]) == ("320", "64")
+    longest = max(load.prefix_tokens + load.input_tokens for load in serve.LOADS.values())
+    assert longest + serve.OUTPUT_TOKENS <= serve.MAX_MODEL_LEN

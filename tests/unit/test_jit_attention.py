@@ -1,0 +1,145 @@
+"""The generated text of attention kernels names one instantiation and nothing else."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fi_backend.errors import Unsupported
+from fi_backend.formats import HeadShape
+from fi_backend.jit.attention_kernels import (
+    MAX_VARIANT_PARAMS,
+    AttentionSpec,
+    attention_kernel,
+    attention_spec,
+)
+from fi_backend.jit.headers import INCLUDE_ROOT
+from fi_backend.variants import Scalar, Variant, shipped
+from fi_backend.variants.source_text import device_structs, device_variant
+
+PLAIN = AttentionSpec(
+    128, 128, torch.bfloat16, torch.bfloat16, 4, None, ((16, 64, 2), (64, 64, 2)), 2, True, True
+)
+
+
+def test_the_text_of_plain_attention() -> None:
+    kernel = attention_kernel(PLAIN)
+    assert kernel.source == (
+        '#include "fi/sm80/kernel.h"\n'
+        "\n"
+        'extern "C" __global__ void __launch_bounds__(fi::sm80::kThreads, 2)\n'
+        "fi_attention(const __grid_constant__ fi::KernelParams p) {\n"
+        "  using namespace fi;\n"
+        "  using namespace fi::sm80;\n"
+        "  run<Shape<__nv_bfloat16, __nv_bfloat16, 128, 128, 4, true, true>,\n"
+        "      Variant<true, Functions<>, Functions<>, Functions<>>,\n"
+        "      Tile<16, 64, 2>,\n"
+        "      Tile<64, 64, 2>>(p);\n"
+        "}\n"
+    )
+    assert kernel.entry == "fi_attention"
+    assert kernel.title == "attention d128 g4 bf16 kv bf16 16x64+64x64 softmax plain"
+    assert attention_kernel(replace(PLAIN)) is kernel
+
+
+def test_every_choice_is_in_the_text_and_the_title() -> None:
+    kernel = attention_kernel(
+        AttentionSpec(192, 128, torch.float16, torch.float8_e4m3fn, 16, shipped.soft_cap(30.0),
+                      ((16, 64, 3),), 1, False, False)
+    )  # fmt: skip
+    assert "Shape<__half, __nv_fp8_e4m3, 192, 128, 16, false, false>" in kernel.source
+    assert "__launch_bounds__(fi::sm80::kThreads, 1)" in kernel.source
+    assert "Tile<16, 64, 3>>(p)" in kernel.source
+    expected = "attention d192/128 g16 fp16 kv fp8 16x64 soft_cap any-table unaligned"
+    assert kernel.title == expected
+
+
+def test_shared_memory_grows_with_tiles_and_elements() -> None:
+    fp8 = replace(PLAIN, kv_dtype=torch.float8_e4m3fn)
+    deeper = replace(PLAIN, tiles=((16, 64, 3), (64, 64, 3)))
+    sizes = [attention_kernel(spec).shared_bytes for spec in (fp8, PLAIN, deeper)]
+    assert sizes == sorted(set(sizes))
+    assert sizes[0] > 16 * 1024
+    assert sizes[-1] < 228 * 1024
+
+
+def added(logit: Any, a: Any, b: Any) -> Any:
+    return logit + a + b
+
+
+def halved(out: Any) -> Any:
+    return out / 2
+
+
+MINE = Variant("mine", added, output=halved, params=(Scalar("a", int, 1), Scalar("b", int, 2)))
+
+
+def test_parameters_follow_one_another() -> None:
+    cap, window, tree = shipped.soft_cap(1.0), shipped.sliding_window(4), shipped.tree_mask()
+    chain = window.then(MINE).then(cap).then(tree)
+    text = device_variant(chain)
+    pattern = (
+        r"Variant<true, Functions<Bound<variants::Logits_\w+, 0>, Bound<variants::Logits_\w+, 2>>, "
+        r"Functions<Bound<variants::Mask_\w+, 3>, Bound<variants::Mask_\w+, 5>>, "
+        r"Functions<Bound<variants::Output_\w+, 6>>>"
+    )
+    assert re.fullmatch(pattern, text)
+    structs = device_structs(tuple(chain.all_functions()))
+    assert set(re.findall(r"variants::(\w+)", text)) == set(re.findall(r"struct (\w+)", structs))
+
+
+def test_a_function_that_is_used_twice_is_printed_once() -> None:
+    cap = shipped.soft_cap(1.0)
+    twice = cap.then(cap.renamed(cap="other"))
+    assert device_structs(tuple(twice.all_functions())).count("struct Logits_") == 1
+    assert device_variant(twice).count("Bound<variants::Logits_") == 2
+
+
+def test_no_softmax() -> None:
+    assert device_variant(shipped.sigmoid_attention()).startswith("Variant<false, Functions<Bound<")
+
+
+def test_bound_values_and_sinks_need_no_specialisation() -> None:
+    plain, sinks, low, high = (
+        attention_kernel(replace(PLAIN, variant=variant))
+        for variant in (None, shipped.sinks(), shipped.soft_cap(30.0), shipped.soft_cap(50.0))
+    )
+    assert sinks == plain
+    assert low == high != plain
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "message"),
+    [
+        (torch.float32, torch.float32, "dtype: expected bfloat16 or float16, got torch.float32"),
+        (torch.bfloat16, torch.int8, "kv_dtype: expected bfloat16 or float16 or float8_e4m3fn,"),
+        (torch.bfloat16, torch.float16, "kv_dtype: expected torch.bfloat16 or torch.float8_e4m3fn"),
+    ],
+)
+def test_dtypes_without_a_kernel(dtype: torch.dtype, kv_dtype: torch.dtype, message: str) -> None:
+    with pytest.raises(Unsupported, match=message):
+        attention_kernel(replace(PLAIN, dtype=dtype, kv_dtype=kv_dtype))
+
+
+def test_too_many_parameters() -> None:
+    long = MINE
+    for i in range(MAX_VARIANT_PARAMS // 2):
+        long = long.then(MINE.renamed(a=f"a{i}", b=f"b{i}"))
+    with pytest.raises(Unsupported, match=r"variant: expected at most 16 parameters, .*, got 18"):
+        attention_kernel(replace(PLAIN, variant=long))
+    text = (INCLUDE_ROOT / "fi/attention/kernel_params.h").read_text()
+    assert f"kMaxVariantParams = {MAX_VARIANT_PARAMS};" in text
+
+
+def test_a_spec_takes_the_tile_table() -> None:
+    heads = HeadShape(32, 8, 128)
+    dtypes = (torch.bfloat16, torch.float8_e4m3fn)
+    decode = attention_spec(heads, *dtypes, None, max_q_len=1, max_requests=64)
+    general = attention_spec(heads, *dtypes, None, max_q_len=8192, max_requests=64)
+    assert [rows for rows, _, _ in decode.tiles] == [16]
+    assert len(general.tiles) > 1
+    assert (decode.group_size, decode.plain_pages, decode.aligned) == (4, True, True)

@@ -1,0 +1,223 @@
+"""Loading and launching kernels, against a library that stands for the CUDA driver."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fake_cuda import PREAMBLE, build_fake, compile_cxx, run
+
+
+@pytest.fixture(scope="module")
+def fake_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_fake(tmp_path_factory.mktemp("driver"))
+
+
+ASK = """
+try:
+    _core.device_info(0)
+except DeviceError as error:
+    print(error)
+"""
+
+
+def test_a_driver_that_does_not_open_is_named(tmp_path: Path) -> None:
+    library = tmp_path / "libcuda.so.1"
+    library.write_text("not a library")
+    assert run(tmp_path, ASK, PREAMBLE) == (
+        f"driver: expected libcuda.so.1, got {library}: file too short; "
+        "install the NVIDIA driver, or use CPU tensors"
+    )
+
+
+def test_a_driver_that_is_too_old_is_named(tmp_path: Path) -> None:
+    source = tmp_path / "old.cc"
+    source.write_text('extern "C" int cuInit(unsigned) { return 0; }')
+    compile_cxx(source, tmp_path / "libcuda.so.1", "-shared", "-fPIC")
+    assert run(tmp_path, ASK, PREAMBLE) == (
+        "driver: expected cuGetErrorName in libcuda.so.1, got no such function; "
+        "install a newer NVIDIA driver"
+    )
+
+
+def test_a_device_is_described(fake_folder: Path) -> None:
+    script = """
+    info = _core.device_info(1)
+    print(info.name, info.major, info.minor, info.num_sms, info.max_shared_bytes,
+          info.max_shared_bytes_per_sm)
+    """
+    assert run(fake_folder, script) == "Some GPU 9 0 132 232448 233472"
+
+
+def test_the_driver_starts_once_and_again_after_a_failure(fake_folder: Path) -> None:
+    script = """
+    from threading import Barrier, Thread
+    fake.fake_fail(b"cuInit", 100)
+    print(error(_core.device_info, 0))
+    fake.fake_fail(b"cuInit", 0)
+    fake.fake_forget()
+    barrier = Barrier(8)
+    threads = [Thread(target=lambda: (barrier.wait(), _core.device_info(0))) for _ in range(8)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    print(calls().count("cuInit"))
+    """
+    assert run(fake_folder, script).splitlines() == [
+        "driver: expected an NVIDIA driver that starts in this process, got CUDA_ERROR_OF_TEST: "
+        "as the test asked; run fi-backend doctor; start worker processes by spawn, not fork",
+        "1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shared", "attributes"),
+    [
+        (0, []),
+        (49152, ["cuFuncSetAttribute 9 64"]),  # hexadecimal: all of shared memory, 100 percent
+        (49153, ["cuFuncSetAttribute 8 c001", "cuFuncSetAttribute 9 64"]),
+    ],
+)
+def test_loading_a_kernel(fake_folder: Path, shared: int, attributes: list[str]) -> None:
+    script = f"""
+    kernel = _core.Kernel(IMAGE, "fi_attention", 1, {shared})
+    assert kernel.device == 1
+    print(*calls(), sep="\\n")
+    del kernel
+    print(*calls(), sep="\\n")
+    """
+    assert run(fake_folder, script).splitlines() == [
+        "cuInit",
+        "cuDevicePrimaryCtxRetain 1",
+        "cuCtxPushCurrent 0x10001",
+        "cuModuleLoadData",
+        "cuModuleGetFunction fi_attention",
+        *attributes,
+        "cuCtxPopCurrent 0x10001",
+        "cuCtxPushCurrent 0x10001",
+        "cuModuleUnload 0x20001",
+        "cuCtxPopCurrent 0x10001",
+        "cuDevicePrimaryCtxRelease 1",
+    ]
+
+
+def test_a_kernel_tells_its_resources(fake_folder: Path) -> None:
+    script = """
+    kernel = load(shared=100000)
+    print(kernel.num_registers, kernel.ctas_per_sm(128), *calls())
+    """
+    assert run(fake_folder, script) == (
+        "168 2 cuCtxPushCurrent 0x10000 cuFuncGetAttribute 4 cuCtxPopCurrent 0x10000 "
+        "cuCtxPushCurrent 0x10000 cuOccupancy 80 186a0 cuCtxPopCurrent 0x10000"
+    )
+
+
+# What the thread has current -> calls of a launch on device 1.
+LAUNCH = "cuLaunchKernel 0x30001 84 1 1 80 1 1 186a0 0xabcd"
+LAUNCHES = {
+    "nothing": (0, ["cuCtxPushCurrent 0x10001", LAUNCH, "cuCtxPopCurrent 0x10001"]),
+    "another-device": (0x10000, ["cuCtxPushCurrent 0x10001", LAUNCH, "cuCtxPopCurrent 0x10001"]),
+    "its-own": (0x10001, [LAUNCH]),
+}
+
+
+@pytest.mark.parametrize(("current", "expected"), LAUNCHES.values(), ids=LAUNCHES)
+def test_a_launch_leaves_the_thread_as_it_was(
+    fake_folder: Path, current: int, expected: list[str]
+) -> None:
+    script = f"""
+    kernel = load(shared=100000, device=1)
+    fake.fake_enter(ctypes.c_long({current}))
+    _core.launch_attention(kernel, _core.KernelParams(), 132, 128, 0xabcd)
+    assert fake.fake_current() == {current}
+    print(*calls(), sep="\\n")
+    fake.fake_fail(b"cuLaunchKernel", 700)
+    assert error(_core.launch_attention, kernel, _core.KernelParams(), 132, 128, 0xabcd)
+    assert fake.fake_current() == {current}
+    """
+    assert run(fake_folder, script).splitlines() == expected
+
+
+ERRORS = {
+    "no-device": (
+        'error(_core.Kernel, IMAGE, "fi_attention", 2, 0)',
+        "device: expected device 2 to exist, got CUDA_ERROR_INVALID_DEVICE: invalid device "
+        "ordinal; choose one that CUDA_VISIBLE_DEVICES leaves visible",
+    ),
+    "no-context": (
+        'fake.fake_fail(b"cuDevicePrimaryCtxRetain", 2) or error(load)',
+        "device: expected room for a context on device 0, got CUDA_ERROR_OF_TEST: as the test "
+        "asked; free memory on the device, or choose another one",
+    ),
+    "no-description": (
+        'fake.fake_fail(b"cuDeviceGetAttribute", 3) or error(_core.device_info, 0)',
+        "device: expected a description of device 0, got CUDA_ERROR_OF_TEST: as the test asked; "
+        "run fi-backend doctor",
+    ),
+    "short-image": (
+        'error(_core.Kernel, b"ELF", "fi_attention", 0, 0)',
+        "fi_attention: expected a cubin, got 3 bytes; clear the kernel cache and compile again",
+    ),
+    "foreign-image": (
+        'error(_core.Kernel, bytes(64), "fi_attention", 0, 0)',
+        "fi_attention: expected a cubin that this device loads, got CUDA_ERROR_OF_TEST: as the "
+        "test asked; compile it for the device's own architecture",
+    ),
+    "no-entry": (
+        'error(_core.Kernel, IMAGE, "other", 0, 0)',
+        "other: expected an entry point of that name in the cubin, got CUDA_ERROR_OF_TEST: as "
+        'the test asked; declare the kernel extern "C"',
+    ),
+    "shared-memory": (
+        'error(_core.Kernel, IMAGE, "fi_attention", 0, 300000)',
+        "fi_attention: expected 300000 bytes of shared memory for a CTA, got CUDA_ERROR_OF_TEST: "
+        "as the test asked; use smaller tiles or fewer stages",
+    ),
+    "context-lost": (
+        'kernel := load(), fake.fake_fail(b"cuCtxGetCurrent", 4), error(kernel.ctas_per_sm, 128)',
+        "context: expected the device's primary context to become current, got CUDA_ERROR_OF_TEST"
+        ": as the test asked; do not reset the device while kernels are in use",
+    ),
+    "launch": (
+        'kernel := load(), fake.fake_fail(b"cuLaunchKernel", 700), '
+        "error(_core.launch_attention, kernel, _core.KernelParams(), 132, 128, 0)",
+        "fi_attention: expected a launch of 132 x 1 CTAs of 128 threads, got CUDA_ERROR_OF_TEST: "
+        "as the test asked; an error of an earlier kernel shows here too: "
+        "CUDA_LAUNCH_BLOCKING=1 names the culprit",
+    ),
+    "unnamed-error": (
+        'fake.fake_fail(b"cuInit", 999999) or error(_core.device_info, 0)',
+        "driver: expected an NVIDIA driver that starts in this process, got CUDA error 999999; "
+        "run fi-backend doctor; start worker processes by spawn, not fork",
+    ),
+}
+
+
+@pytest.mark.parametrize(("expression", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors_carry_the_drivers_words(fake_folder: Path, expression: str, message: str) -> None:
+    script = f"result = ({expression})\nprint(result[-1] if type(result) is tuple else result)"
+    assert run(fake_folder, script) == message
+
+
+def test_what_a_failed_load_took_is_given_back(fake_folder: Path) -> None:
+    script = """
+    error(_core.Kernel, IMAGE, "other", 0, 0)
+    print(*calls()[-4:], fake.fake_current(), sep="\\n")
+    """
+    assert run(fake_folder, script).splitlines() == [
+        "cuCtxPushCurrent 0x10000",
+        "cuModuleUnload 0x20000",
+        "cuCtxPopCurrent 0x10000",
+        "cuDevicePrimaryCtxRelease 0",
+        "0",
+    ]
+
+
+def test_kernels_may_outlive_the_driver(fake_folder: Path) -> None:
+    script = """
+    kernel = load()
+    fake.fake_fail(b"cuCtxGetCurrent", 4)
+    fake.fake_fail(b"cuDevicePrimaryCtxRelease", 4)
+    del kernel
+    print(*calls(), sep="\\n")
+    """
+    assert run(fake_folder, script) == "cuDevicePrimaryCtxRelease 0"

@@ -1,0 +1,244 @@
+"""The planner kernel without a GPU: its body on fibers writes the host planner's bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from plan_batches import PlanCase, assert_same, plan_on_host, random_case
+from plan_fibers import build, empty_plan, plan_on_fibers, run_params
+
+from fi_backend import PagedBatch, _core, errors, plan_kernel
+from fi_backend.formats import Nodes
+from fi_backend.jit.nvrtc import compile_cubin
+from fi_backend.plan_kernel import MAX_SHARED_BYTES, PlanKernel, scratch_bytes
+from fi_backend.plan_records import BAD_INDPTR, KV_TOO_LONG, plan_arrays
+from fi_backend.storage import PageTable
+
+CPU = torch.device("cpu")
+# CTAs, threads of each, and whether its fibers run in descending order.
+LAUNCHES = [(1, 4, False), (5, 32, True), (2, 64, False), (3, 256, True), (1, 1024, False)]
+DECODES = PlanCase(
+    "1024 decodes",
+    heads=(32, 8),
+    num_ctas=264,
+    band=(-1, 0, 0),
+    chunk=0,
+    classes=[(16, 64, 40, 190), (64, 64, 160, 1240)],
+    capacity=(1024, 8192, 131_072),
+    num_requests=1024,
+    qo_indptr=np.arange(1025, dtype=np.int32),
+    kv_len=np.full(1024, 131_072, np.int32),
+)
+
+
+@pytest.fixture(scope="module")
+def fibers(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return build(tmp_path_factory.mktemp("planner"))
+
+
+def test_division_by_reciprocals_is_exact(fibers: ctypes.CDLL) -> None:
+    draw = Random(0)
+    for d in [1, 2, 3, 5, 7, 64, 192, 2**15 - 1, 2**30, 2**31 - 1]:
+        around = [k * d + e for k in (1, 2, 2**31 // d - 1) for e in (-1, 0, 1)]
+        for n in [0, 2**31 - 1, *around, *(draw.randrange(2**31) for _ in range(50))]:
+            if 0 <= n < 2**31:
+                assert fibers.divisor_quotient(n, d) == n // d, (n, d)
+
+
+def test_division_of_64_bits_is_exact(fibers: ctypes.CDLL) -> None:
+    draw = Random(1)
+    for _ in range(2000):
+        b = draw.choice([1, 3, 190, 1240, draw.randrange(1, 2**31)])
+        q = draw.choice([0, 1, 2047, draw.randrange(2**24), draw.randrange(2**31 - 1)])
+        a = q * b + draw.choice([0, b - 1, draw.randrange(b)])
+        assert fibers.quotient_of(a, b) == q, (a, b)
+        n, d = draw.randrange(2 ** draw.randrange(1, 63)), draw.randrange(1, 2**15)
+        rest = ctypes.c_int()
+        assert (fibers.long_quotient(n, d, ctypes.byref(rest)), rest.value) == divmod(n, d)
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
+def test_random_steps_give_the_bytes_of_the_host(
+    fibers: ctypes.CDLL, launch: tuple[int, int, bool]
+) -> None:
+    for seed in range(LAUNCHES.index(launch) * 80, LAUNCHES.index(launch) * 80 + 80):
+        case = random_case(seed, max_requests=300)
+        expected = plan_on_host(case)
+        got, status = plan_on_fibers(fibers, case, *launch)
+        assert_same(case, expected, got)
+        assert status == plan_arrays(expected, case.config().layout())["header"]["status"], case
+
+
+@pytest.mark.parametrize("num_requests", [1024, 256])
+@pytest.mark.parametrize("band", [(-1, 0, 0), (4095, 0, 4)])
+def test_steps_of_serving_size(
+    fibers: ctypes.CDLL, num_requests: int, band: tuple[int, int, int]
+) -> None:
+    draw = Random(num_requests)
+    kv = np.array([draw.randint(1, 131_072) for _ in range(num_requests)], np.int64)
+    q = [min(int(k), draw.choice([1] * 60 + [4, 8, 512])) for k in kv]
+    indptr = np.concatenate([[0], np.cumsum(q)]).astype(np.int32)
+    capacity = (1024, max(8192, sum(q)), 131_072)
+    case = dataclasses.replace(
+        DECODES, band=band, num_requests=num_requests, qo_indptr=indptr, kv_len=kv,
+        capacity=capacity,
+    )  # fmt: skip
+    got, _ = plan_on_fibers(fibers, case, 3, 1024)
+    assert_same(case, plan_on_host(case), got)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 8])
+@pytest.mark.parametrize(
+    "indptr",
+    [
+        [0, 8, 16, 24, 9, 30],  # out of order once the capacity of 10 tokens is used up
+        [0, 3, 5, 2, 4, 9],
+        [0, -1, 4, 4, 3, 11],
+        [2, 3, 5, 7, 8, 9],
+        [-4, -3, -2, 1, 0, 2],
+    ],
+    ids=str,
+)
+def test_an_indptr_out_of_order_is_clamped_as_on_the_host(
+    fibers: ctypes.CDLL, indptr: list[int], num_threads: int
+) -> None:
+    case = dataclasses.replace(
+        DECODES,
+        capacity=(8, 10, 1000),
+        num_requests=5,
+        qo_indptr=np.array(indptr, np.int32),
+        kv_len=np.full(5, 700, np.int32),
+    )
+    expected = plan_on_host(case)
+    got, status = plan_on_fibers(fibers, case, 1, num_threads)
+    assert_same(case, expected, got)
+    assert status & BAD_INDPTR
+
+
+def test_an_empty_step_clears_what_the_last_one_left(fibers: ctypes.CDLL) -> None:
+    case = dataclasses.replace(DECODES, num_requests=0)
+    got, _ = plan_on_fibers(fibers, case, 4, 256)
+    arrays = plan_arrays(got, case.config().layout())
+    assert len(arrays["items"]) == 0
+    assert arrays["cta_ptr"].tolist() == [0] * 265
+
+
+@dataclass
+class NoDevice:
+    """Stands for the driver and a GPU of nine multiprocessors: launches run on fibers."""
+
+    library: ctypes.CDLL
+    device: int = 0
+    num_sms: int = 9
+
+    def launch(self, _: object, params: object, grid: int, threads: int, stream: int) -> None:
+        assert stream == 77
+        run_params(self.library, params, grid, threads)
+
+
+@pytest.fixture
+def no_device(fibers: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = NoDevice(fibers)
+    monkeypatch.setattr(plan_kernel, "load", lambda kernel, device: fake)
+    monkeypatch.setattr(_core, "device_info", lambda index: fake)
+    monkeypatch.setattr(_core, "launch_plan", fake.launch)
+
+
+def batch_of(case: PlanCase) -> PagedBatch:
+    table = PageTable.dense(torch.zeros(len(case.kv_len), 1, dtype=torch.int32), page_size=16)
+    return PagedBatch(torch.from_numpy(case.qo_indptr), torch.from_numpy(case.kv_len), table)
+
+
+@pytest.mark.usefixtures("no_device")
+def test_enqueue_launches_what_the_batch_says() -> None:
+    for seed in range(100, 112):
+        case = random_case(seed, max_requests=200)
+        case = dataclasses.replace(case, num_requests=len(case.kv_len))
+        config = case.config()
+        plan = empty_plan(config.layout().total_bytes)
+        planner = PlanKernel(config, config.layout(), CPU)
+        planner.enqueue(batch_of(case), torch.from_numpy(plan), None, 77)
+        assert_same(case, plan_on_host(case), plan)
+
+
+@pytest.mark.usefixtures("no_device")
+def test_one_planner_serves_step_after_step() -> None:
+    config = DECODES.config()
+    planner = PlanKernel(config, config.layout(), CPU)
+    plan = empty_plan(config.layout().total_bytes)
+    status = torch.zeros(1, dtype=torch.int32)
+    for length in (131_072, 131_073, 70):
+        case = dataclasses.replace(DECODES, kv_len=np.full(1024, length, np.int64))
+        planner.enqueue(batch_of(case), torch.from_numpy(plan), status, 77)
+        arrays = plan_arrays(plan, config.layout())
+        wanted = plan_arrays(plan_on_host(case), config.layout())
+        for name, array in wanted.items():
+            assert np.asarray(array).tobytes() == np.asarray(arrays[name]).tobytes(), name
+        # The word keeps what a step reported until its reader clears it.
+        assert status.item() == (0 if length == 131_072 else KV_TOO_LONG)
+
+
+@pytest.mark.usefixtures("no_device")
+def test_a_batch_with_nodes_is_refused() -> None:
+    config = DECODES.config()
+    planner = PlanKernel(config, config.layout(), CPU)
+    none = torch.zeros(0, dtype=torch.int32)
+    nodes = Nodes(none, none, none, torch.zeros(1, dtype=torch.int32), none)
+    batch = dataclasses.replace(batch_of(DECODES), nodes=nodes)
+    with pytest.raises(errors.Unsupported, match=r"batch\.nodes: expected none on the device"):
+        planner.enqueue(batch, torch.zeros(0), None, 77)
+
+
+def with_capacity(requests: int, tokens: int) -> PlanCase:
+    return dataclasses.replace(DECODES, capacity=(requests, tokens, 131_072))
+
+
+@pytest.mark.parametrize(
+    ("case", "threads"), [(with_capacity(64, 64), 512), (with_capacity(1024, 16_384), 1024)]
+)
+def test_usual_capacities_plan_in_shared_memory(case: PlanCase, threads: int) -> None:
+    config = case.config()
+    kernel = PlanKernel.device_kernel(config, config.layout())
+    assert f"fi::planner::run<{threads}, true, false>" in kernel.source
+    assert 0 < kernel.shared_bytes <= MAX_SHARED_BYTES
+
+
+def test_a_huge_capacity_plans_in_global_memory() -> None:
+    config = with_capacity(1024, 1 << 20).config()
+    kernel = PlanKernel.device_kernel(config, config.layout())
+    assert "fi::planner::run<1024, false, false>" in kernel.source
+    assert kernel.shared_bytes == 0
+    assert scratch_bytes(config, config.layout()) > 16 * MAX_SHARED_BYTES
+    assert scratch_bytes(DECODES.config(), DECODES.config().layout()) == 0
+
+
+@pytest.mark.parametrize(
+    ("arch", "threads", "in_shared", "is_invariant"),
+    [
+        ("sm_90a", 256, "true", "false"),
+        ("sm_90a", 512, "true", "true"),
+        ("sm_90a", 1024, "true", "false"),
+        ("sm_90a", 1024, "false", "false"),
+        ("sm_80", 1024, "true", "true"),
+        ("sm_120a", 512, "true", "false"),
+    ],
+)
+def test_compiles_without_spills(
+    arch: str, threads: int, in_shared: str, is_invariant: str
+) -> None:
+    names = {"threads": threads, "in_shared": in_shared, "is_invariant": is_invariant}
+    cubin = compile_cubin(plan_kernel.SOURCE.format(**names), arch)
+    assert (cubin.spill_bytes, cubin.stack_bytes) == (0, 0), cubin.log
+    assert "warning" not in cubin.log
+
+
+def test_too_many_ctas_are_refused() -> None:
+    config = dataclasses.replace(DECODES, num_ctas=1 << 15).config()
+    with pytest.raises(ValueError, match="num_ctas: expected fewer than 32768, got 32768"):
+        _core.PlanKernelParams(config, config.layout())
