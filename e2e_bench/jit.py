@@ -1,6 +1,7 @@
 """What compiling at run time costs: cold, from the disk cache, in memory; and what a launch costs.
 
-Compilation is timed in processes of its own, whose cache is a folder of its own: cold means cold.
+Compilation is timed in processes of its own, whose cache is a folder of its own and which know no
+cache of the driver: cold means cold.
 Without a GPU the parts that need none are run.
 """
 
@@ -63,7 +64,8 @@ def run(out: Path | None, arch: str, quick: bool) -> int:
 
 def _child(cache: str, *arguments: str) -> Times:
     """Return what a process of jit_child with its cache in this folder printed."""
-    environment = os.environ | {"FI_CACHE_DIR": cache}
+    # NVRTC would take what an earlier process compiled from the driver's cache.
+    environment = os.environ | {"FI_CACHE_DIR": cache, "CUDA_CACHE_DISABLE": "1"}
     command = [sys.executable, "-m", "e2e_bench.jit_child", *arguments]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -68,20 +69,32 @@ CASES = (
 
 
 def compile_all(arch: str) -> dict[str, list[float]]:
-    """Return µs of compiling each case in this thread, from an empty cache, several times.
+    """Return µs of compiling each case in this thread, several times; leave all in the cache.
 
     "first" is the first of all, which finds and opens the compiler too.
     """
-    times: dict[str, list[float]] = {"first": [_timed(_compile, CASES[0], arch)]}
+    times: dict[str, list[float]] = {"first": [_timed(_compile, _never_seen(CASES[0]), arch)]}
     for _ in range(COMPILE_TURNS):
-        default_cache().clear()
         for case in CASES:
-            times.setdefault(case.name, []).append(_timed(_compile, case, arch))
+            times.setdefault(case.name, []).append(_timed(_compile, _never_seen(case), arch))
+    default_cache().clear()
+    kernels.prebuild([case.kernel() for case in CASES], arch)
     return times
 
 
-def _compile(case: Case, arch: str) -> None:
-    kernels.cubin_path(case.kernel(), arch).read_bytes()
+def _never_seen(case: Case) -> kernels.DeviceKernel:
+    """Return a kernel that nobody compiled before: another cache than ours may know the case.
+
+    NVRTC keeps what it compiled in the driver's cache, where there is a driver (NVRTC
+    documentation, CUDA 12.9, "Caching").
+    """
+    kernel = case.kernel()
+    nonce = f'\nextern "C" {{ __device__ int fi_nonce_{secrets.token_hex(8)}; }}\n'
+    return replace(kernel, source=kernel.source + nonce)
+
+
+def _compile(kernel: kernels.DeviceKernel, arch: str) -> None:
+    kernels.cubin_path(kernel, arch).read_bytes()
 
 
 def load_all(arch: str, turn: int) -> dict[str, list[float]]:
@@ -96,7 +109,7 @@ def load_all(arch: str, turn: int) -> dict[str, list[float]]:
         kernel = case.kernel()
         name = case.name if times else "first"
         if device is None:
-            times[name] = [_timed(_compile, case, arch)]
+            times[name] = [_timed(_compile, kernel, arch)]
         else:
             times[name] = [_timed(kernels.load, kernel, device)]
     if len(default_cache().entries()) != num_entries:

@@ -46,7 +46,7 @@ else:
         PageTable,
     )
     from fi_backend.layers import Capacity, LayerClass
-    from fi_backend.ops import append_kv, merge_states
+    from fi_backend.ops import Rope, append_kv, merge_states
     from fi_backend.plan_status import PlanStatus
     from fi_backend.planner import PlanSlot, StepPlanner, workspace_bytes, workspace_size
     from fi_backend.ragged import ragged
@@ -75,6 +75,7 @@ __all__ = [
     "PagedBatch",
     "PlanSlot",
     "PlanStatus",
+    "Rope",
     "StepPlanner",
     "Unsupported",
     "UnsupportedVariant",

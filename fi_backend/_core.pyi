@@ -258,6 +258,8 @@ class KernelTiles:
     @property
     def stages(self) -> list[int]: ...
     @property
+    def warps(self) -> int: ...
+    @property
     def ctas_per_sm(self) -> int: ...
 
 def sm80_tiles(
@@ -270,7 +272,11 @@ def sm80_tiles(
     max_shared_bytes_per_sm: int = 233472,
 ) -> KernelTiles: ...
 def sm80_shared_bytes(
-    head_dim_qk: int, head_dim_vo: int, kv_bytes: int, tiles: list[tuple[int, int, int]]
+    head_dim_qk: int,
+    head_dim_vo: int,
+    kv_bytes: int,
+    tiles: list[tuple[int, int, int]],
+    warps: int,
 ) -> int: ...
 
 # --- Planner kernel (bindings/bind_plan_kernel.cc)
@@ -298,7 +304,7 @@ def launch_plan(
     kernel: Kernel, params: PlanKernelParams, grid: int, threads: int, stream: int
 ) -> None: ...
 
-# --- append_kv on both engines, merge_states on a GPU (bindings/bind_gpu_ops.cc)
+# --- append_kv on both engines, merge_states on a GPU (bindings/bind_ops.cc)
 
 class TokenStrides:
     def __init__(self, token: int, head: int) -> None: ...

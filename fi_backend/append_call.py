@@ -104,7 +104,7 @@ def _shape(tensor: Tensor | None) -> tuple[object, ...] | None:
 
 
 def addresses_of(call: AppendCall) -> tuple[int, ...]:
-    """Return the addresses in the order of bindings/bind_gpu_ops.cc."""
+    """Return the addresses in the order of bindings/bind_ops.cc."""
     k, v, cache_k, cache_v, slots, k_scale, v_scale, cos_sin, positions, _, q, q_out = call
     return (
         k.data_ptr(),

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from fi_backend.layers import LayerClass
     from fi_backend.plan_slot import PlanSlot
 
-NUM_THREADS = 128  # fi::sm80::kThreads
+WARP_THREADS = 32
 ALIGNMENT = 16  # bytes that one cp.async or vector store moves
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class CudaLaunch(SlotLaunch):
         heads, band = slot.layer_class.heads, slot.layer_class.band
         self._index: int = slot.device.index
         self._current_stream: Callable[[int], int] = torch._C._cuda_getCurrentRawStream
-        self._grid = slot.layout.num_ctas
+        self._grid, self._threads = slot.layout.num_ctas, WARP_THREADS * spec.warps
         self._kernels = _Kernels(spec, slot.device)
         self._variant = _VariantParams(slot.layer_class, slot.device)
         self._batch: PagedBatch | None = None
@@ -122,7 +122,7 @@ class CudaLaunch(SlotLaunch):
         aligned = self._aligned_strides and (q_addr | k_addr | v_addr | out_addr) % ALIGNMENT == 0
         kernel = self._kernels.get(self._plain, aligned)
         stream = self._current_stream(self._index)
-        _core.launch_attention(kernel, params, self._grid, NUM_THREADS, stream)
+        _core.launch_attention(kernel, params, self._grid, self._threads, stream)
 
     def _set_step(self, slot: PlanSlot, call: Call) -> None:
         """Take the page table of a step; with FI_CHECK=1, let the next checks see its values."""

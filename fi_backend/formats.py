@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fi_backend.errors import require
+from fi_backend.errors import InvalidInput, contract_message, require
 from fi_backend.storage import (
     DTYPE_CODES,
     INDEX_DTYPES,
@@ -129,6 +129,7 @@ class Band:
         return cls(num_tokens - 1, 0, sink_prefix)
 
 
+_INT32 = (torch.int32,)
 CAUSAL = Band(-1, 0)
 FULL = Band(-1, -1)
 
@@ -169,7 +170,7 @@ class Nodes:
         for name, tensor in vars(self).items():
             if name == "own_begin" and tensor is None:
                 continue
-            require_vector(tensor, f"nodes.{name}", (torch.int32,))
+            require_vector(tensor, f"nodes.{name}", _INT32)
             require_device(tensor, f"nodes.{name}", self.table_row.device)
         count = self.num_nodes
         for name, extra in (("kv_begin", 0), ("kv_end", 0), ("member_ptr", 1)):
@@ -208,28 +209,23 @@ class PagedBatch:
     nodes: Nodes | None = None
 
     def __post_init__(self) -> None:
-        require_vector(self.qo_indptr, "qo_indptr", (torch.int32,))
+        require_vector(self.qo_indptr, "qo_indptr", _INT32)
+        device = self.qo_indptr.device
         require_vector(self.kv_len, "kv_len", INDEX_DTYPES)
-        require_device(self.kv_len, "kv_len", self.qo_indptr.device)
-        require_device(self.page_table.entries, "page_table", self.qo_indptr.device)
-        requests = self.kv_len.numel()
-        require(
-            self.qo_indptr.numel() == requests + 1,
-            "qo_indptr",
-            f"{requests + 1} elements for {requests} requests in kv_len",
-            self.qo_indptr.numel(),
-            "an empty batch has qo_indptr [0]",
-        )
-        require(
-            self.page_table.num_rows >= requests,
-            "page_table",
-            f"at least {requests} rows for {requests} requests",
-            self.page_table.num_rows,
-            "give every request a row",
-        )
+        require_device(self.kv_len, "kv_len", device)
+        require_device(self.page_table.entries, "page_table", device)
+        requests, rows = self.kv_len.numel(), self.page_table.num_rows
+        if self.qo_indptr.numel() != requests + 1:
+            rule = f"{requests + 1} elements for {requests} requests in kv_len"
+            got, hint = self.qo_indptr.numel(), "an empty batch has qo_indptr [0]"
+            raise InvalidInput(contract_message("qo_indptr", rule, got, hint))
+        if rows < requests:
+            rule = f"at least {requests} rows for {requests} requests"
+            hint = "give every request a row"
+            raise InvalidInput(contract_message("page_table", rule, rows, hint))
         if self.nodes is None:
             return
-        require_device(self.nodes.table_row, "nodes", self.qo_indptr.device)
+        require_device(self.nodes.table_row, "nodes", device)
         own_begin = self.nodes.own_begin
         if own_begin is not None:
             require(

@@ -16,20 +16,25 @@ from fi_backend.formats import PagedBatch
 from fi_backend.jit.kernels import DeviceKernel, load
 
 # Dynamic shared memory that every architecture from sm_80 on grants to a CTA: 99 KiB on sm_86,
-# sm_89 and sm_120, of which the kernel itself declares less than one.
-MAX_SHARED_BYTES = 96 << 10
+# sm_89 and sm_120, of which the kernel itself declares up to four.
+MAX_SHARED_BYTES = 95 << 10
 # CTAs where the scratch lies in global memory: each works out all tables in a copy of its own.
 _CTAS_WITH_GLOBAL_SCRATCH = 16
-# Two warps of a CTA write that many in one round; more CTAs than that would write nothing.
-_ITEMS_PER_CTA = 64
-_THREADS = (256, 512, 1024)
+# A warp for each scheduler of a multiprocessor writes that many in one round; more CTAs would not
+# be faster, but start and end later.
+_ITEMS_PER_CTA = 128
+_WARP = 32
+# Barriers and scans take longer the more warps meet in them.
+_MIN_THREADS, _MAX_THREADS = 128, 512
+# Requests that a thread takes in one round, where there are more of them than threads.
+_MOST_PER_THREAD = 4
 
-# threads, scratch in shared memory, batch-invariant mode
+# threads, requests of each, scratch in shared memory, batch-invariant mode
 SOURCE = """#include "fi/common/planner_block.h"
 
 extern "C" __global__ void __launch_bounds__({threads})
 fi_plan(const __grid_constant__ fi::PlanKernelParams p) {{
-  fi::planner::run<{threads}, {in_shared}, {is_invariant}>(p);
+  fi::planner::run<{threads}, {per_thread}, {in_shared}, {is_invariant}>(p);
 }}
 """
 
@@ -55,7 +60,7 @@ class PlanKernel:
         kernel = self.device_kernel(config, layout)
         self._kernel = load(kernel, device)
         self._params = _core.PlanKernelParams(config, layout)
-        self._threads = _num_threads(self._params, layout)
+        self._threads, _ = _shape(self._params, layout)
         ctas = -(-layout.max_items // _ITEMS_PER_CTA)
         self._grid = max(1, min(ctas, _core.device_info(self._kernel.device).num_sms))
         self._scratch: Tensor | None = None
@@ -74,15 +79,17 @@ class PlanKernel:
     def device_kernel(config: _core.PlanConfig, layout: _core.PlanLayout) -> DeviceKernel:
         """Return the kernel that plans this class; the same for any architecture."""
         params = _core.PlanKernelParams(config, layout)
-        threads, scratch = _num_threads(params, layout), params.scratch_bytes
+        threads, per_thread = _shape(params, layout)
+        scratch = params.scratch_bytes
         in_shared = scratch <= MAX_SHARED_BYTES
         mode = ", batch-invariant" if params.is_invariant else ""
         place = "" if in_shared else ", scratch in global memory"
         return DeviceKernel(
-            title=f"planner, {threads} threads{mode}{place}",
+            title=f"planner, {threads} threads of {per_thread}{mode}{place}",
             entry="fi_plan",
             source=SOURCE.format(
                 threads=threads,
+                per_thread=per_thread,
                 in_shared=str(in_shared).lower(),
                 is_invariant=str(params.is_invariant).lower(),
             ),
@@ -126,7 +133,10 @@ def scratch_bytes(config: _core.PlanConfig, layout: _core.PlanLayout) -> int:
     return 0 if one <= MAX_SHARED_BYTES else _CTAS_WITH_GLOBAL_SCRATCH * one
 
 
-def _num_threads(params: _core.PlanKernelParams, layout: _core.PlanLayout) -> int:
-    """Return the threads of a CTA: all requests and cuts in one round, all row tiles in two."""
-    wanted = max(params.max_requests, layout.num_ctas + 1, params.max_row_tiles // 2)
-    return next((n for n in _THREADS if n >= wanted), _THREADS[-1])
+def _shape(params: _core.PlanKernelParams, layout: _core.PlanLayout) -> tuple[int, int]:
+    """Return the threads of a CTA and the requests of each: cuts in one round, usually all else."""
+    # Sums over pieces take registers that four requests at a time would need.
+    most = 1 if params.is_invariant else _MOST_PER_THREAD
+    wanted = max(layout.num_ctas + 1, -(-params.max_requests // most), _MIN_THREADS)
+    threads = min(-(-wanted // _WARP) * _WARP, _MAX_THREADS)
+    return threads, 1 if params.max_requests <= threads else most

@@ -95,7 +95,8 @@ _lock = threading.Lock()
 def _borrow_word(owner: StatusReport) -> Tensor:
     with _lock:
         if not _free_words:
-            slab = torch.zeros(_SLAB_WORDS, dtype=torch.int32, pin_memory=True)
+            with torch.inference_mode(False):  # a later owner may be outside that mode
+                slab = torch.zeros(_SLAB_WORDS, dtype=torch.int32, pin_memory=True)
             _free_words.extend(slab[i : i + 1] for i in range(_SLAB_WORDS))
         word = _free_words.pop()
     word.zero_()

@@ -272,14 +272,9 @@ class StepPlanner:
         Raises:
             CapacityExceeded: there is no such class.
         """
-        require(
-            0 <= index < len(self._slots),
-            "index",
-            f"0 to {len(self._slots) - 1}",
-            index,
-            "slots follow the order of layer_classes",
-            kind=CapacityExceeded,
-        )
+        if not 0 <= index < len(self._slots):  # once per layer: a sentence only where it is needed
+            rule, hint = f"0 to {len(self._slots) - 1}", "slots follow the order of layer_classes"
+            raise CapacityExceeded(contract_message("index", rule, index, hint))
         return self._slots[index]
 
 

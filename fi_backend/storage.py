@@ -1,7 +1,8 @@
 """Page tables and KV caches: views of the caller's own tensors, never copies.
 
 Every KV arrangement is one model: a pool of pages and, for each request, the pages it uses. Import
-these names from ``fi_backend.formats``.
+these names from ``fi_backend.formats``. Engines build them in every step: a check writes its
+sentence only when it fails.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fi_backend.errors import require
+from fi_backend.errors import InvalidInput, contract_message, require
 
 # Values are shared with kernels/include/fi/core/types.h (DType).
 DTYPE_CODES: dict[torch.dtype, int] = {
@@ -22,12 +23,16 @@ DTYPE_CODES: dict[torch.dtype, int] = {
     torch.float8_e4m3fn: 3,
 }
 INDEX_DTYPES = (torch.int32, torch.int64)
+_KV_DTYPES = tuple(DTYPE_CODES)
+_INT32 = (torch.int32,)
 
 
 def require_tensor(
     tensor: Tensor, argument: str, dtypes: tuple[torch.dtype, ...], ndim: int
 ) -> None:
     """Raise InvalidInput unless ``tensor`` has one of the dtypes and the given rank."""
+    if isinstance(tensor, Tensor) and tensor.dtype in dtypes and tensor.dim() == ndim:
+        return
     require(
         isinstance(tensor, Tensor), argument, "a tensor", type(tensor).__name__, "pass a tensor"
     )
@@ -50,24 +55,16 @@ def require_tensor(
 def require_vector(tensor: Tensor, argument: str, dtypes: tuple[torch.dtype, ...]) -> None:
     """Raise InvalidInput unless ``tensor`` is one-dimensional, dense and of one of the dtypes."""
     require_tensor(tensor, argument, dtypes, 1)
-    require(
-        tensor.numel() < 2 or tensor.stride(0) == 1,
-        argument,
-        "stride 1",
-        f"stride {tensor.stride(0)}",
-        "call .contiguous()",
-    )
+    if tensor.stride(0) != 1 and tensor.numel() > 1:
+        got = f"stride {tensor.stride(0)}"
+        raise InvalidInput(contract_message(argument, "stride 1", got, "call .contiguous()"))
 
 
 def require_device(tensor: Tensor, argument: str, device: torch.device) -> None:
     """Raise InvalidInput unless ``tensor`` lies on ``device``."""
-    require(
-        tensor.device == device,
-        argument,
-        f"device {device}",
-        tensor.device,
-        "keep all tensors of one batch on one device",
-    )
+    if tensor.device != device:
+        hint = "keep all tensors of one batch on one device"
+        raise InvalidInput(contract_message(argument, f"device {device}", tensor.device, hint))
 
 
 class PageTableView(NamedTuple):
@@ -124,34 +121,32 @@ class PageTable:
     num_rows: int
 
     def __post_init__(self) -> None:
-        for name in ("page_size", "entry_stride", "slot_divisor"):
-            value = getattr(self, name)
-            require(value > 0, name, "a positive count", value, "see PageTable")
-        ndim = 1 if self.indptr is not None else 2
-        require_tensor(self.entries, "page_table", (torch.int32,), ndim)
-        require(
-            self.entries.numel() < 2 or self.entries.stride(-1) == 1,
-            "page_table",
-            "contiguous rows",
-            f"strides {self.entries.stride()}",
-            "call .contiguous()",
-        )
-        for tensor, name, dtypes in (
-            (self.indptr, "page_table.indptr", (torch.int32,)),
-            (self.row_index, "page_table.row_index", INDEX_DTYPES),
-            (self.page_map, "page_table.page_map", (torch.int32,)),
-        ):
-            if tensor is not None:
-                require_vector(tensor, name, dtypes)
-                require_device(tensor, name, self.entries.device)
-        if self.indptr is not None:
+        if min(self.page_size, self.entry_stride, self.slot_divisor) < 1:
+            for name in ("page_size", "entry_stride", "slot_divisor"):
+                value = getattr(self, name)
+                require(value > 0, name, "a positive count", value, "see PageTable")
+        entries, indptr = self.entries, self.indptr
+        require_tensor(entries, "page_table", _INT32, 2 if indptr is None else 1)
+        if entries.stride(-1) != 1 and entries.numel() > 1:
+            got, hint = f"strides {entries.stride()}", "call .contiguous()"
+            raise InvalidInput(contract_message("page_table", "contiguous rows", got, hint))
+        if indptr is not None:
+            self._check_vector(indptr, "page_table.indptr", _INT32)
             require(
-                self.indptr.numel() > 0,
+                indptr.numel() > 0,
                 "page_table.indptr",
                 "num_rows + 1 elements",
                 "none",
                 "an empty table has indptr [0]",
             )
+        if self.row_index is not None:
+            self._check_vector(self.row_index, "page_table.row_index", INDEX_DTYPES)
+        if self.page_map is not None:
+            self._check_vector(self.page_map, "page_table.page_map", _INT32)
+
+    def _check_vector(self, tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
+        require_vector(tensor, name, dtypes)
+        require_device(tensor, name, self.entries.device)
 
     @classmethod
     def dense(
@@ -172,7 +167,7 @@ class PageTable:
             slot_divisor: entries are page ids times this.
             page_map: int32 [pages] device, or None.
         """
-        require_tensor(table, "page_table", (torch.int32,), 2)
+        require_tensor(table, "page_table", _INT32, 2)
         return cls(
             table,
             page_size,
@@ -209,7 +204,7 @@ class PageTable:
             slot_divisor: entries are page ids times this.
             page_map: int32 [pages] device, or None.
         """
-        require_tensor(table, "page_table", (torch.int32,), 2)
+        require_tensor(table, "page_table", _INT32, 2)
         require_vector(row_index, "page_table.row_index", INDEX_DTYPES)
         return cls(
             table,
@@ -235,7 +230,7 @@ class PageTable:
             page_size: tokens of a page.
             page_map: int32 [pages] device, or None.
         """
-        require_vector(indptr, "page_table.indptr", (torch.int32,))
+        require_vector(indptr, "page_table.indptr", _INT32)
         return cls(indices, page_size, indptr, None, 0, 1, 1, page_map, indptr.numel() - 1)
 
     def view(self) -> PageTableView:
@@ -273,30 +268,22 @@ class KvCacheView:
     v: Tensor
 
     def __post_init__(self) -> None:
-        for tensor, name in ((self.k, "k"), (self.v, "v")):
-            require_tensor(tensor, name, tuple(DTYPE_CODES), 4)
-            require(
-                tensor.stride(-1) == 1 or tensor.shape[-1] == 1 or tensor.numel() == 0,
-                name,
-                "stride 1 in the head dimension",
-                f"strides {tensor.stride()}",
-                "permute the cache, not the head dimension",
-            )
-        require(
-            self.k.shape[:-1] == self.v.shape[:-1],
-            "v",
-            f"the pages, tokens and heads of k {tuple(self.k.shape[:-1])}",
-            tuple(self.v.shape[:-1]),
-            "pass both halves of one cache",
-        )
-        require(
-            self.k.dtype == self.v.dtype,
-            "v",
-            f"dtype {self.k.dtype} of k",
-            self.v.dtype,
-            "store K and V in one dtype",
-        )
-        require_device(self.v, "v", self.k.device)
+        k, v = self.k, self.v
+        for tensor, name in ((k, "k"), (v, "v")):
+            require_tensor(tensor, name, _KV_DTYPES, 4)
+            if tensor.stride(-1) != 1 and tensor.shape[-1] != 1 and tensor.numel() > 0:
+                rule, got = "stride 1 in the head dimension", f"strides {tensor.stride()}"
+                hint = "permute the cache, not the head dimension"
+                raise InvalidInput(contract_message(name, rule, got, hint))
+        of_k, of_v = k.shape[:-1], v.shape[:-1]
+        if of_k != of_v:
+            rule = f"the pages, tokens and heads of k {tuple(of_k)}"
+            hint = "pass both halves of one cache"
+            raise InvalidInput(contract_message("v", rule, tuple(of_v), hint))
+        if k.dtype != v.dtype:
+            rule, hint = f"dtype {k.dtype} of k", "store K and V in one dtype"
+            raise InvalidInput(contract_message("v", rule, v.dtype, hint))
+        require_device(v, "v", k.device)
 
     @property
     def num_pages(self) -> int:
@@ -316,21 +303,17 @@ class KvCacheView:
     @classmethod
     def hnd(cls, k: Tensor, v: Tensor) -> KvCacheView:
         """View k, v: [num_pages, num_kv_heads, page_size, head_dim]."""
-        require_tensor(k, "k", tuple(DTYPE_CODES), 4)
-        require_tensor(v, "v", tuple(DTYPE_CODES), 4)
+        require_tensor(k, "k", _KV_DTYPES, 4)
+        require_tensor(v, "v", _KV_DTYPES, 4)
         return cls(k.transpose(1, 2), v.transpose(1, 2))
 
     @classmethod
     def stacked(cls, kv: Tensor) -> KvCacheView:
         """View kv: [num_pages, 2, page_size, num_kv_heads, head_dim] (vLLM 0.25)."""
-        require_tensor(kv, "kv", tuple(DTYPE_CODES), 5)
-        require(
-            kv.shape[1] == 2,
-            "kv",
-            "2 in dimension 1 (K, V)",
-            f"shape {tuple(kv.shape)}",
-            "use nhd() for K and V apart",
-        )
+        require_tensor(kv, "kv", _KV_DTYPES, 5)
+        if kv.shape[1] != 2:
+            rule, got = "2 in dimension 1 (K, V)", f"shape {tuple(kv.shape)}"
+            raise InvalidInput(contract_message("kv", rule, got, "use nhd() for K and V apart"))
         return cls(kv[:, 0], kv[:, 1])
 
     @classmethod
@@ -339,21 +322,18 @@ class KvCacheView:
 
         vLLM hands out [num_pages, heads, page_size, C]: transpose(1, 2) it first.
         """
-        require_tensor(kv, "kv", tuple(DTYPE_CODES), 4)
-        require(
-            0 < head_dim_k < kv.shape[-1],
-            "head_dim_k",
-            f"between 1 and {kv.shape[-1] - 1}",
-            head_dim_k,
-            "K lies before V in the last dimension",
-        )
+        require_tensor(kv, "kv", _KV_DTYPES, 4)
+        if not 0 < head_dim_k < kv.shape[-1]:
+            rule = f"between 1 and {kv.shape[-1] - 1}"
+            hint = "K lies before V in the last dimension"
+            raise InvalidInput(contract_message("head_dim_k", rule, head_dim_k, hint))
         return cls(kv[..., :head_dim_k], kv[..., head_dim_k:])
 
     @classmethod
     def slots(cls, k: Tensor, v: Tensor, page_size: int) -> KvCacheView:
         """View token slots k, v: [num_slots, num_kv_heads, head_dim] as pages (SGLang)."""
         for tensor, name in ((k, "k"), (v, "v")):
-            require_tensor(tensor, name, tuple(DTYPE_CODES), 3)
+            require_tensor(tensor, name, _KV_DTYPES, 3)
             require(
                 page_size > 0 and tensor.shape[0] % page_size == 0,
                 name,
@@ -366,8 +346,8 @@ class KvCacheView:
     @classmethod
     def ragged(cls, k: Tensor, v: Tensor) -> KvCacheView:
         """View contiguous k, v: [num_tokens, num_kv_heads, head_dim] as pages of one token."""
-        require_tensor(k, "k", tuple(DTYPE_CODES), 3)
-        require_tensor(v, "v", tuple(DTYPE_CODES), 3)
+        require_tensor(k, "k", _KV_DTYPES, 3)
+        require_tensor(v, "v", _KV_DTYPES, 3)
         return cls(k.unsqueeze(1), v.unsqueeze(1))
 
 

@@ -11,6 +11,7 @@ import ctypes
 import shlex
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +23,20 @@ from fi_backend.jit.host_compiler import find_compiler
 
 FILL = 0xAB
 
+
+class Launch(NamedTuple):
+    """CTAs, threads of each, requests of each thread, and in which order its fibers run."""
+
+    num_ctas: int
+    num_threads: int
+    per_thread: int = 1
+    is_descending: bool = False
+
+
 SOURCE = r"""
 #include <ucontext.h>
 
+#include <any>
 #include <functional>
 #include <vector>
 
@@ -76,8 +88,8 @@ struct Fibers {
 Fibers* Fibers::self;
 
 struct CtaMemory {
-  std::vector<int64_t> values[2];
-  int32_t raised = 0;
+  std::vector<std::any> values[2];
+  std::vector<int32_t> bits[2], marks;
 };
 
 class FiberBlock {
@@ -92,39 +104,41 @@ class FiberBlock {
   int32_t cta() const { return cta_; }
   int32_t num_ctas() const { return num_ctas_; }
   void sync() const { fibers_.yield(); }
-  void raise(int32_t bits) const { memory_.raised |= bits; }
-  int32_t raised() const { return memory_.raised; }
+  int32_t* marks() const { return memory_.marks.data(); }
+  void await_parameters(const fi::PlanKernelParams&) const {}
 
-  bool any(bool value) {
-    int64_t total;
-    scan_sum(static_cast<int64_t>(value), &total);
-    return total > 0;
+  // All threads of the CTA call it, as all of a warp must.
+  int32_t last_before(bool is_marked, int32_t value) {
+    auto& values = memory_.bits[turn_];
+    turn_ ^= 1;
+    values[thread_] = is_marked ? value : kUnmarked;
+    sync();
+    for (int32_t t = thread_ - 1; t >= thread_ / kWarp * kWarp; --t) {
+      if (values[t] != kUnmarked) return values[t];
+    }
+    return 0x7bcdef;
   }
 
-  template <class T>
-  T scan_sum(T value, T* total) {
-    return scan(value, total, [](T a, T b) { return a + b; });
-  }
-
-  int32_t scan_max(int32_t value, int32_t* total) {
-    return scan(value, total, [](int32_t a, int32_t b) { return a > b ? a : b; });
-  }
-
- private:
-  template <class T, class Op>
-  T scan(T value, T* total, Op op) {
+  template <class Sums>
+  Sums scan(const Sums& value, Sums* total, int32_t* bits = nullptr) {
     auto& values = memory_.values[turn_];
+    auto& found = memory_.bits[turn_];
     turn_ ^= 1;
     values[thread_] = value;
+    found[thread_] = bits ? *bits : 0;
     sync();
-    T before = 0, all = 0;
+    Sums before, all;
     for (int32_t t = 0; t < num_threads(); ++t) {
       if (t == thread_) before = all;
-      all = op(all, static_cast<T>(values[t]));
+      all += std::any_cast<const Sums&>(values[t]);
+      if (bits) *bits |= found[t];
     }
     *total = all;
     return before;
   }
+
+ private:
+  static constexpr int32_t kUnmarked = -0x7bcdef;
 
   Fibers& fibers_;
   CtaMemory& memory_;
@@ -133,23 +147,36 @@ class FiberBlock {
 
 }  // namespace
 
+template <int kPerThread>
+void plan(const fi::PlanKernelParams& params, const fi::planner::Scratch& scratch,
+          FiberBlock& block) {
+  using fi::planner::StepPlanner;
+  if (params.tiling.chunk.value > 0) {
+    StepPlanner<FiberBlock, true, kPerThread>(params, scratch, block).run();
+  } else {
+    StepPlanner<FiberBlock, false, kPerThread>(params, scratch, block).run();
+  }
+}
+
 // False if a barrier was not reached by all threads.
 extern "C" bool run_planner(const fi::PlanKernelParams* params, int num_ctas, int num_threads,
-                            bool is_descending) {
-  const int64_t bytes = fi::planner::scratch_bytes(*params);
+                            int per_thread, bool is_descending) {
+  const int64_t bytes = params->scratch_layout.total_bytes;
   for (int cta = 0; cta < num_ctas; ++cta) {
     std::vector<int64_t> garbage(bytes / 8, 0x7bcdefabcdefabcd);
     CtaMemory memory;
     for (auto& values : memory.values) values.resize(num_threads);
+    for (auto& bits : memory.bits) bits.resize(num_threads);
+    memory.marks.assign(num_threads, 0x7bcdef);
     Fibers fibers{num_threads, 0, is_descending};
     fibers.body = [&](int thread) {
       FiberBlock block(fibers, memory, thread, cta, num_ctas);
-      fi::planner::Scratch scratch;
-      fi::planner::place_scratch(*params, reinterpret_cast<char*>(garbage.data()), &scratch);
-      if (params->tiling.chunk.value > 0) {
-        fi::planner::StepPlanner<FiberBlock, true>(*params, scratch, block).run();
+      const fi::planner::Scratch scratch = fi::planner::scratch_at(
+          params->scratch_layout, reinterpret_cast<char*>(garbage.data()));
+      if (per_thread == 1) {
+        plan<1>(*params, scratch, block);
       } else {
-        fi::planner::StepPlanner<FiberBlock, false>(*params, scratch, block).run();
+        plan<4>(*params, scratch, block);
       }
     };
     fibers.run();
@@ -161,7 +188,7 @@ extern "C" bool run_planner(const fi::PlanKernelParams* params, int num_ctas, in
 extern "C" int quotient_of(int64_t a, int64_t b) { return fi::quotient_of(a, b); }
 extern "C" int divisor_quotient(int n, int d) { return fi::make_divisor(d).quotient(n); }
 extern "C" int64_t long_quotient(int64_t n, int d, int* rest) {
-  const fi::Quotient64 out = fi::divide(n, fi::make_divisor(d));
+  const fi::Quotient64 out = fi::make_long_divisor(d).divide(n);
   *rest = out.remainder;
   return out.quotient;
 }
@@ -185,9 +212,7 @@ def build(folder: Path) -> ctypes.CDLL:
 def plan_on_fibers(
     library: ctypes.CDLL,
     case: PlanCase,
-    num_ctas: int,
-    num_threads: int,
-    is_descending: bool = False,
+    launch: Launch,
 ) -> tuple[NDArray[np.uint8], int]:
     """All bytes of the device's plan, written over FILL, and the status word."""
     config = case.config()
@@ -201,7 +226,7 @@ def plan_on_fibers(
     params.kv_len_is_int64 = case.kv_len.itemsize == 8
     params.plan = plan.ctypes.data
     params.status = status.ctypes.data
-    run_params(library, params, num_ctas, num_threads, is_descending)
+    run_params(library, params, launch)
     return plan, int(status[0])
 
 
@@ -215,10 +240,8 @@ def empty_plan(num_bytes: int) -> NDArray[np.uint8]:
 def run_params(
     library: ctypes.CDLL,
     params: _core.PlanKernelParams,
-    num_ctas: int,
-    num_threads: int,
-    is_descending: bool = False,
+    launch: Launch,
 ) -> None:
     """Run what a launch with these parameters would run."""
-    met = library.run_planner(bytes(params), num_ctas, num_threads, is_descending)
+    met = library.run_planner(bytes(params), *launch)
     assert met, "a barrier was reached by some threads only"

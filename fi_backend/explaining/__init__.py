@@ -12,6 +12,7 @@ from fi_backend.errors import Unsupported, require
 from fi_backend.explaining.step import read_step
 from fi_backend.explaining.summary import summarize
 from fi_backend.formats import HeadShape, PagedBatch
+from fi_backend.host_batch import to_host
 
 if TYPE_CHECKING:
     from fi_backend.planner import PlanSlot
@@ -28,8 +29,8 @@ def explain(
     """Draw how a step is laid out and divided.
 
     Args:
-        batch: the step.
-        slot: its plan; None: a plan is made for a causal layer with EXAMPLE_HEADS.
+        batch: the step, on any device; one on a GPU is copied, which waits for it.
+        slot: its plan; None: a plan is made on the CPU for a causal layer with EXAMPLE_HEADS.
         path: picture to write; its suffix chooses the format (png, svg, pdf).
 
     Returns:
@@ -39,7 +40,10 @@ def explain(
         InvalidInput: the batch breaks its contract, or the slot holds another batch's plan.
         Unsupported: matplotlib is not installed.
     """
-    return draw(batch, plan_alone(batch) if slot is None else slot, path)
+    if slot is None:
+        batch = to_host(batch)
+        slot = plan_alone(batch)
+    return draw(batch, slot, path)
 
 
 def draw(batch: PagedBatch, slot: PlanSlot, path: Path | str) -> Path:
@@ -60,7 +64,7 @@ def text(batch: PagedBatch, slot: PlanSlot) -> str:
 
 
 def plan_alone(batch: PagedBatch) -> PlanSlot:
-    """Plan ``batch`` by itself for the example layer and return the slot."""
+    """Plan ``batch``, which lies on the CPU, by itself for the example layer; return the slot."""
     from fi_backend.layers import Capacity, LayerClass  # noqa: PLC0415
     from fi_backend.planner import StepPlanner  # noqa: PLC0415
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from fi_backend.errors import require
 from fi_backend.formats import Band, PagedBatch, PageTable
+from fi_backend.host_batch import to_host
 
 if TYPE_CHECKING:
     from fi_backend.planner import PlanSlot
@@ -82,12 +83,15 @@ class Step:
 def read_step(batch: PagedBatch, slot: PlanSlot) -> Step:
     """Gather everything that is shown about ``batch`` and its plan in ``slot``.
 
+    Both may lie on a GPU: they are copied, which waits for it.
+
     Raises:
         InvalidInput: the slot is not planned, or holds the plan of another batch.
     """
     hint = "call planner.plan(batch) first, and explain before the next plan"
     got = "another batch's plan" if slot.batch is not None else "no plan"
     require(slot.batch is batch, "slot", "the plan of this batch", got, hint)
+    batch = to_host(batch)
     arrays: dict[str, Any] = dict(slot.arrays())
     links = _links(arrays)
     nodes = _nodes(batch, arrays, links)
@@ -106,12 +110,12 @@ def read_step(batch: PagedBatch, slot: PlanSlot) -> Step:
 
 
 def page_ids(table: PageTable, row: int, begin: int, end: int) -> Ints:
-    """Return the ids of the pages that hold tokens [begin, end) of a table row."""
+    """Return the ids of the pages that hold tokens [begin, end) of a row of a table on the CPU."""
     first, last = (
         begin // table.page_size,
         max(-(-end // table.page_size), begin // table.page_size),
     )
-    entries = table.entries.cpu().numpy()
+    entries = table.entries.numpy()
     if table.indptr is not None:
         base = int(table.indptr[row])
         ids = entries[base + first : base + last]
@@ -120,7 +124,7 @@ def page_ids(table: PageTable, row: int, begin: int, end: int) -> Ints:
         ids = entries[at, first * table.entry_stride : last * table.entry_stride]
         ids = ids[:: table.entry_stride]
     ids = ids.astype(np.int64) // table.slot_divisor
-    return ids if table.page_map is None else table.page_map.cpu().numpy()[ids].astype(np.int64)
+    return ids if table.page_map is None else table.page_map.numpy()[ids].astype(np.int64)
 
 
 def _links(arrays: dict[str, Any]) -> list[tuple[tuple[int, int], ...]]:

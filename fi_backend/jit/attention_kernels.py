@@ -33,6 +33,7 @@ class AttentionSpec:
         variant: what happens to logits; None: plain softmax attention. Bands and sinks are
             arguments of the launch and need no specialisation.
         tiles: (rows, kv_tile, stages) of each item class, in the planner's order.
+        warps: of a CTA.
         ctas_per_sm: CTAs that share a multiprocessor, which bounds registers.
         plain_pages: table entries are page ids and the page size is a power of two.
         aligned: addresses and strides of q, K and V are multiples of 16 bytes.
@@ -45,6 +46,7 @@ class AttentionSpec:
     group_size: int
     variant: Variant | None
     tiles: tuple[tuple[int, int, int], ...]
+    warps: int
     ctas_per_sm: int
     plain_pages: bool
     aligned: bool
@@ -95,6 +97,7 @@ def attention_spec(
         heads.group_size,
         variant,
         tiles,
+        table.warps,
         table.ctas_per_sm,
         plain_pages,
         aligned,
@@ -115,7 +118,7 @@ def attention_kernel(spec: AttentionSpec) -> DeviceKernel:
     hint = "pack scalars into one tensor"
     require(count <= MAX_VARIANT_PARAMS, "variant", rule, count, hint, kind=Unsupported)
     shared_bytes = _core.sm80_shared_bytes(
-        spec.head_dim_qk, spec.head_dim_vo, spec.kv_dtype.itemsize, list(spec.tiles)
+        spec.head_dim_qk, spec.head_dim_vo, spec.kv_dtype.itemsize, list(spec.tiles), spec.warps
     )
     parts = ('#include "fi/sm80/kernel.h"\n', device_structs(functions), _entry(spec))
     return DeviceKernel(_title(spec), ENTRY, "\n".join(filter(None, parts)), shared_bytes)
@@ -145,9 +148,11 @@ def _entry(spec: AttentionSpec) -> str:
             flags[spec.aligned],
         )
     )
-    tiles = ",\n      ".join("Tile<{}, {}, {}>".format(*tile) for tile in spec.tiles)
+    tiles = ",\n      ".join(
+        "Tile<{}, {}, {}, {}>".format(*tile, spec.warps) for tile in spec.tiles
+    )
     return (
-        f'extern "C" __global__ void __launch_bounds__(fi::sm80::kThreads, {spec.ctas_per_sm})\n'
+        f'extern "C" __global__ void __launch_bounds__({32 * spec.warps}, {spec.ctas_per_sm})\n'
         f"{ENTRY}(const __grid_constant__ fi::KernelParams p) {{\n"
         "  using namespace fi;\n  using namespace fi::sm80;\n"
         f"  run<Shape<{shape}>,\n      {device_variant(spec.variant)},\n      {tiles}>(p);\n}}\n"

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/address.h"
 #include "bindings/bind.h"
 #include "cpu/attention.h"
 
@@ -18,15 +19,6 @@ namespace {
 
 using cpu::AttentionParams;
 using cpu::MergeParams;
-
-// A pointer member as an integer attribute.
-template <class Class, class Owner, class T>
-void def_address(Class& cls, const char* name, T* Owner::* member) {
-  using Self = typename Class::type;
-  cls.def_property(
-      name, [member](const Self& self) { return reinterpret_cast<intptr_t>(self.*member); },
-      [member](Self& self, intptr_t address) { self.*member = reinterpret_cast<T*>(address); });
-}
 
 // A DType member as its code (fi_backend/formats.py, DTYPE_CODES).
 template <class Class, class Owner>
@@ -99,8 +91,8 @@ void bind_views(py::module_& m) {
       .def_readwrite("token", &KvStrides::token)
       .def_readwrite("head", &KvStrides::head);
   py::class_<KvCacheView> kv(m, "KvCacheView");
-  def_address(kv, "k", &KvCacheView::k);
-  def_address(kv, "v", &KvCacheView::v);
+  def_pointer(kv, "k", &KvCacheView::k);
+  def_pointer(kv, "v", &KvCacheView::v);
   def_dtype(kv, "dtype", &KvCacheView::dtype);
   kv.def(py::init([] { return KvCacheView{}; }))
       .def_readwrite("k_stride", &KvCacheView::k_stride)
@@ -108,10 +100,10 @@ void bind_views(py::module_& m) {
       .def_readwrite("num_pages", &KvCacheView::num_pages)
       .def_readwrite("page_size", &KvCacheView::page_size);
   py::class_<PageTableView> table(m, "PageTableView");
-  def_address(table, "entries", &PageTableView::entries);
-  def_address(table, "indptr", &PageTableView::indptr);
-  def_address(table, "row_index", &PageTableView::row_index);
-  def_address(table, "page_map", &PageTableView::page_map);
+  def_pointer(table, "entries", &PageTableView::entries);
+  def_pointer(table, "indptr", &PageTableView::indptr);
+  def_pointer(table, "row_index", &PageTableView::row_index);
+  def_pointer(table, "page_map", &PageTableView::page_map);
   table
       .def(py::init([] {
         PageTableView view{};
@@ -138,18 +130,18 @@ void bind_views(py::module_& m) {
            }),
            py::arg("data") = 0, py::arg("per_head") = false)
       .def_readwrite("per_head", &cpu::Scale::per_head);
-  def_address(scale, "data", &cpu::Scale::data);
+  def_pointer(scale, "data", &cpu::Scale::data);
 }
 
 void bind_attention_params(py::module_& m) {
   py::class_<OwnedAttentionParams> params(m, "AttentionParams");
-  def_address(params, "q", &AttentionParams::q);
-  def_address(params, "out", &AttentionParams::out);
-  def_address(params, "lse", &AttentionParams::lse);
-  def_address(params, "plan", &AttentionParams::plan);
-  def_address(params, "partial_o", &AttentionParams::partial_o);
-  def_address(params, "partial_lse", &AttentionParams::partial_lse);
-  def_address(params, "arrivals", &AttentionParams::arrivals);
+  def_pointer(params, "q", &AttentionParams::q);
+  def_pointer(params, "out", &AttentionParams::out);
+  def_pointer(params, "lse", &AttentionParams::lse);
+  def_pointer(params, "plan", &AttentionParams::plan);
+  def_pointer(params, "partial_o", &AttentionParams::partial_o);
+  def_pointer(params, "partial_lse", &AttentionParams::partial_lse);
+  def_pointer(params, "arrivals", &AttentionParams::arrivals);
   def_dtype(params, "q_dtype", &AttentionParams::q_dtype);
   def_dtype(params, "out_dtype", &AttentionParams::out_dtype);
   params.def(py::init<>())
@@ -174,10 +166,10 @@ void bind_attention_params(py::module_& m) {
 
 void bind_merge_params(py::module_& m) {
   py::class_<MergeParams> merge(m, "MergeParams");
-  def_address(merge, "o", &MergeParams::o);
-  def_address(merge, "lse", &MergeParams::lse);
-  def_address(merge, "out_o", &MergeParams::out_o);
-  def_address(merge, "out_lse", &MergeParams::out_lse);
+  def_pointer(merge, "o", &MergeParams::o);
+  def_pointer(merge, "lse", &MergeParams::lse);
+  def_pointer(merge, "out_o", &MergeParams::out_o);
+  def_pointer(merge, "out_lse", &MergeParams::out_lse);
   merge.def(py::init([] { return MergeParams{}; }))
       .def_readwrite("num_states", &MergeParams::num_states)
       .def_readwrite("rows", &MergeParams::rows)

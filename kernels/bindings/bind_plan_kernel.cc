@@ -10,8 +10,31 @@ namespace py = pybind11;
 namespace fi {
 namespace {
 
+// Here, once: in the kernel these additions would delay its first load.
+planner::ScratchLayout make_scratch_layout(const PlanKernelParams& p) {
+  planner::ScratchLayout layout{};
+  int64_t at = 0;
+  const auto place = [&at](int64_t count, int64_t size) {
+    const int64_t offset = at;
+    at += (count * size + 15) / 16 * 16;
+    return offset;
+  };
+  const int64_t num_cuts = p.num_ctas.value + 1, num_costs = p.max_row_tiles + 1;
+  layout.cuts = place(num_cuts, sizeof(planner::Cut));
+  layout.cost = place(num_costs, sizeof(int64_t));
+  layout.pieces = place(p.tiling.chunk.value > 0 ? num_costs : 0, sizeof(int64_t));
+  layout.tile_request = place(p.max_row_tiles, sizeof(int32_t));
+  layout.tile_begin = place(p.max_requests + 1, sizeof(int32_t));
+  layout.qo_begin = place(p.max_requests, sizeof(int32_t));
+  layout.q_len = place(p.max_requests, sizeof(int32_t));
+  layout.kv_len = place(p.max_requests, sizeof(int32_t));
+  layout.cut_tile_rows = place(num_cuts, sizeof(int32_t));
+  layout.total_bytes = at;
+  return layout;
+}
+
 PlanKernelParams make_params(const host::PlanConfig& config, const PlanLayout& layout) {
-  constexpr int32_t kMaxCtas = 1 << 15;  // exclusive: fi/plan/divide.h, divide()
+  constexpr int32_t kMaxCtas = 1 << 15;  // exclusive: a remainder times a CTA fits
   if (config.num_ctas >= kMaxCtas) {
     throw py::value_error("num_ctas: expected fewer than " + std::to_string(kMaxCtas) + ", got " +
                           std::to_string(config.num_ctas) +
@@ -22,10 +45,16 @@ PlanKernelParams make_params(const host::PlanConfig& config, const PlanLayout& l
   params.layout = layout;
   params.num_kv_heads = make_divisor(config.num_kv_heads);
   params.num_ctas = make_divisor(config.num_ctas);
+  params.long_kv_heads = make_long_divisor(config.num_kv_heads);
+  params.long_ctas = make_long_divisor(config.num_ctas);
+  for (int32_t c = 0; c < params.tiling.num_classes; ++c) {
+    params.c_tile[c] = make_long_divisor(max_i32(1, params.tiling.classes[c].c_tile));
+  }
   params.max_requests = config.capacity.max_requests;
   params.max_tokens = config.capacity.max_tokens;
   params.max_kv_len = config.capacity.max_kv_len;
   params.max_row_tiles = layout.max_units / config.num_kv_heads;
+  params.scratch_layout = make_scratch_layout(params);
   return params;
 }
 
@@ -50,7 +79,9 @@ void bind_plan_kernel(py::module_& m) {
       .def_readonly("max_row_tiles", &PlanKernelParams::max_row_tiles)
       .def_property_readonly(
           "is_invariant", [](const PlanKernelParams& self) { return self.tiling.chunk.value > 0; })
-      .def_property_readonly("scratch_bytes", &planner::scratch_bytes)
+      .def_property_readonly(
+          "scratch_bytes",
+          [](const PlanKernelParams& self) { return self.scratch_layout.total_bytes; })
       .def("__bytes__", [](const PlanKernelParams& self) {
         return py::bytes(reinterpret_cast<const char*>(&self), sizeof(self));
       });

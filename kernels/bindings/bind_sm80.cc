@@ -16,6 +16,7 @@ void bind_sm80(py::module_& m) {
   py::class_<host::KernelTiles>(m, "KernelTiles")
       .def_readonly("classes", &host::KernelTiles::classes)
       .def_readonly("stages", &host::KernelTiles::stages)
+      .def_readonly("warps", &host::KernelTiles::warps)
       .def_readonly("ctas_per_sm", &host::KernelTiles::ctas_per_sm);
   m.def(
       "sm80_tiles",
@@ -29,16 +30,17 @@ void bind_sm80(py::module_& m) {
   m.def(
       "sm80_shared_bytes",
       [](int32_t head_dim_qk, int32_t head_dim_vo, int32_t kv_bytes,
-         const std::vector<std::array<int32_t, 3>>& tiles) {
+         const std::vector<std::array<int32_t, 3>>& tiles, int32_t warps) {
         int32_t bytes = 0;
         for (const auto& [rows, kv_tile, stages] : tiles) {
           const auto plan =
-              sm80::plan_shared(head_dim_qk, head_dim_vo, kv_bytes, rows, kv_tile, stages);
+              sm80::plan_shared(head_dim_qk, head_dim_vo, kv_bytes, rows, kv_tile, stages, warps);
           bytes = std::max(bytes, plan.bytes);
         }
         return bytes;
       },
-      py::arg("head_dim_qk"), py::arg("head_dim_vo"), py::arg("kv_bytes"), py::arg("tiles"));
+      py::arg("head_dim_qk"), py::arg("head_dim_vo"), py::arg("kv_bytes"), py::arg("tiles"),
+      py::arg("warps"));
 }
 
 }  // namespace fi

@@ -8,38 +8,40 @@ namespace fi::host {
 namespace {
 
 // A row of the sm80 tile table, for heads whose larger dimension is at most `max_head_dim`.
-// Measured on an H200 (docs/notes/2026-11-22-sm80-first-light.md).
+// Measured on an H200 (docs/notes/2026-11-22-sm80-gpu-path.md).
 struct TileRow {
   int32_t max_head_dim;
   int32_t rows, kv_tile, stages;
-  int32_t ctas_per_sm;  // the most: registers at 128 threads; shared memory is counted below
+  int32_t warps;        // of a CTA; a launch takes those of its largest class
+  int32_t ctas_per_sm;  // the most: registers; shared memory is counted below
   int32_t c_fixed, c_tile;
 };
 
 // Of equal `rows` the first that fits is taken.
 constexpr TileRow kSm80Tiles[] = {
     // Decode: bound by memory. Three CTAs a SM hide each other's softmax.
-    {64, 16, 128, 2, 3, 225, 150},  // 168 registers, 73 KB
-    {128, 16, 64, 2, 3, 225, 150},  // 168 registers, 74 KB
-    {192, 16, 64, 2, 2, 225, 180},  // shared memory: 93 KB
-    {256, 16, 64, 3, 1, 225, 150},  // shared memory: 212 KB
-    // Chunks, verification of many tokens, and what heads of more than 128 components leave of the
-    // registers: a warp holds 16 rows of o.
-    {128, 64, 64, 2, 2, 90, 200},
-    {192, 64, 64, 2, 2, 90, 250},
-    {256, 64, 32, 2, 2, 90, 200},
-    {256, 64, 16, 2, 2, 90, 120},  // 67 KB, for the 99 KB of sm_89 and sm_120
-    // Prefill: 32 rows a warp, so that a fragment of K or V serves two products.
-    {64, 128, 64, 2, 2, 150, 260},
-    {128, 128, 64, 2, 2, 150, 420},  // 242 registers; shared memory: 108 KB
+    {64, 16, 128, 2, 4, 3, 290, 190},  // 168 registers, 77 KB
+    {128, 16, 64, 2, 4, 3, 290, 190},  // 168 registers, 76 KB
+    {192, 16, 64, 2, 4, 2, 290, 230},  // shared memory: 95 KB
+    {256, 16, 64, 3, 4, 1, 290, 190},  // shared memory: 214 KB
+    // Chunks, and verification of many tokens: a warp holds 16 rows.
+    {128, 64, 64, 2, 4, 2, 220, 240},
+    {192, 64, 64, 2, 4, 2, 220, 300},
+    {256, 64, 32, 2, 4, 2, 220, 240},
+    {256, 64, 16, 2, 4, 2, 220, 130},  // 69 KB, for the 99 KB of sm_89 and sm_120
+    // Prefill. 32 rows a warp: a fragment of K or V serves two products. 256 components of o leave
+    // registers for 16 rows a warp only: eight warps share what they load.
+    {64, 128, 64, 2, 4, 2, 150, 250},
+    {128, 128, 64, 2, 4, 2, 150, 400},  // 255 registers, 111 KB
+    {256, 128, 64, 2, 8, 1, 150, 400},  // shared memory: 209 KB
 };
 constexpr int32_t kMinStages = 2;
 
 // What a CTA takes of a SM's shared memory: the system's share and the static part come on top.
-int32_t cta_bytes(const KernelShape& shape, const TileRow& row, int32_t stages) {
-  constexpr int32_t kReservedBytes = 1024 + 128;
+int32_t cta_bytes(const KernelShape& shape, const TileRow& row, int32_t stages, int32_t warps) {
+  constexpr int32_t kReservedBytes = 1024 + 256;
   return kReservedBytes + sm80::plan_shared(shape.head_dim_qk, shape.head_dim_vo, shape.kv_bytes,
-                                            row.rows, row.kv_tile, stages)
+                                            row.rows, row.kv_tile, stages, warps)
                               .bytes;
 }
 
@@ -48,7 +50,9 @@ std::vector<TileRow> tiles_that_fit(const KernelShape& shape) {
   for (const TileRow& row : kSm80Tiles) {
     const bool is_taken = !result.empty() && result.back().rows == row.rows;
     if (is_taken || std::max(shape.head_dim_qk, shape.head_dim_vo) > row.max_head_dim) continue;
-    if (cta_bytes(shape, row, kMinStages) <= shape.max_shared_bytes_per_sm) result.push_back(row);
+    if (cta_bytes(shape, row, kMinStages, row.warps) <= shape.max_shared_bytes_per_sm) {
+      result.push_back(row);
+    }
   }
   return result;
 }
@@ -61,19 +65,22 @@ std::vector<TileRow> tiles_that_fit(const KernelShape& shape) {
 KernelTiles sm80_tiles(const KernelShape& shape) {
   const std::vector<TileRow> rows = tiles_that_fit(shape);
   const int64_t most_rows = int64_t{std::max(1, shape.max_q_len)} * shape.group_size;
-  KernelTiles result{{}, {}, 16};
+  std::vector<TileRow> carried;
   int64_t served = 0;  // packed rows that the classes so far hold
   for (std::size_t i = 0; i < rows.size() && served < most_rows; ++i) {
     const TileRow& row = rows[i];
     const int64_t next = (served / shape.group_size + 1) * shape.group_size;
     if (next > row.rows && i + 1 < rows.size()) continue;  // only larger classes hold it
     served = i + 1 < rows.size() ? row.rows : most_rows;   // the last takes several tiles
+    carried.push_back(row);
+  }
+  KernelTiles result{{}, {}, carried.back().warps, carried.back().ctas_per_sm};
+  for (const TileRow& row : carried) {
     int32_t stages = row.stages;
-    while (stages > kMinStages && cta_bytes(shape, row, stages) > shape.max_shared_bytes_per_sm) {
-      --stages;
-    }
-    const int32_t fit = shape.max_shared_bytes_per_sm / cta_bytes(shape, row, stages);
-    result.ctas_per_sm = std::min({result.ctas_per_sm, row.ctas_per_sm, fit});
+    const auto bytes = [&] { return cta_bytes(shape, row, stages, result.warps); };
+    while (stages > kMinStages && bytes() > shape.max_shared_bytes_per_sm) --stages;
+    result.ctas_per_sm =
+        std::min({result.ctas_per_sm, row.ctas_per_sm, shape.max_shared_bytes_per_sm / bytes()});
     result.classes.push_back({row.rows, row.kv_tile, row.c_fixed, row.c_tile});
     result.stages.push_back(stages);
   }

@@ -24,6 +24,7 @@ inline std::vector<TileClass> cpu_tile_classes() {
 struct KernelTiles {
   std::vector<TileClass> classes;
   std::vector<int32_t> stages;
+  int32_t warps;  // of a CTA
   int32_t ctas_per_sm;
 };
 

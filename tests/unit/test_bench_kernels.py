@@ -21,6 +21,7 @@ from e2e_bench.tables import IMPLS
 from e2e_bench.workloads import WORKLOADS, Workload, decode
 from fi_backend import _core
 from fi_backend.jit.cache import default_cache
+from fi_backend.jit.nvrtc import Cubin, compile_cubin
 
 HEADS = fi.HeadShape(4, 2, 64)
 MIXED = Workload("mixed", (70, 1, 1), (90, 200, 33), HEADS)
@@ -100,11 +101,11 @@ def test_only_right_results_are_timed(
 ) -> None:
     calls: list[int] = []
 
-    def record(call: Callable[[int], object], layers: int, count: int) -> Recorded:
+    def record(call: Callable[[int], None], layers: int, count: int) -> Recorded:
         for i in range(3):
             call(i % layers)
         calls.append(count)
-        return Recorded(None, count)  # type: ignore[arg-type]
+        return Recorded(None, count, call)  # type: ignore[arg-type]
 
     def in_turns(graphs: Mapping[str, Recorded], repeats: int) -> dict[str, list[float]]:
         return {name: [5.0 + i for i in range(repeats)] for name in graphs}
@@ -205,7 +206,16 @@ def test_cold_and_cached_compilation(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("FI_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(jit_child, "CASES", jit_child.CASES[1:2])
     monkeypatch.setattr(jit_child, "COMPILE_TURNS", 2)
+    sources: list[str] = []
+
+    def spy(source: str, *arguments: object) -> Cubin:
+        sources.append(source)
+        return compile_cubin(source, *arguments)
+
+    monkeypatch.setattr("fi_backend.jit.kernels.compile_cubin", spy)
     cold = jit_child.compile_all("sm_90a")
+    assert len(set(sources)) == 4  # each timed one is new to every cache; the last is the case's
+    assert sources[-1] == jit_child.CASES[0].kernel().source
     assert {name: len(times) for name, times in cold.items()} == {"first": 1, "decode d128": 2}
     assert len(default_cache().entries()) == 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -17,6 +17,7 @@ from fi_backend.explaining.picture import page_columns, row_heights, visible_fra
 from fi_backend.explaining.step import Request, Step, page_ids, read_step
 from fi_backend.explaining.summary import summarize
 from fi_backend.formats import CAUSAL, Band, HeadShape, Nodes, PagedBatch, PageTable
+from fi_backend.host_batch import _move
 from fi_backend.planner import Capacity, LayerClass, PlanSlot, StepPlanner
 
 PAGE = 16
@@ -207,6 +208,29 @@ def test_the_slot_must_hold_this_batch(tmp_path: Path) -> None:
     slot = make_plan(make_batch([1], [20]))
     with pytest.raises(InvalidInput, match="slot: expected the plan of this batch, got another"):
         explaining.explain(make_batch([1], [20]), slot, tmp_path / "step.png")
+
+
+def test_a_batch_elsewhere_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A meta tensor holds nothing: every value must come from the copy."""
+    here, slot = forest_step()
+    expected = explaining.text(here, slot)
+    there = _move(here, here.page_table.entries.to("meta"), torch.device("meta"))
+    copies: list[PagedBatch] = []
+
+    def copied(batch: PagedBatch) -> PagedBatch:
+        if batch is here:
+            return here
+        assert batch is there
+        copies.append(batch)
+        return here
+
+    monkeypatch.setattr("fi_backend.explaining.step.to_host", copied)
+    monkeypatch.setattr("fi_backend.explaining.to_host", copied)
+    slot.batch = there
+    assert explaining.text(there, slot) == expected
+    assert len(copies) == 1
+    assert explaining.explain(there, path=tmp_path / "step.svg").exists()
+    assert len(copies) == 2
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from fi_backend.variants import Scalar, Variant, shipped
 from fi_backend.variants.source_text import device_structs, device_variant
 
 PLAIN = AttentionSpec(
-    128, 128, torch.bfloat16, torch.bfloat16, 4, None, ((16, 64, 2), (64, 64, 2)), 2, True, True
+    128, 128, torch.bfloat16, torch.bfloat16, 4, None, ((16, 64, 2), (64, 64, 2)), 4, 2, True, True
 )
 
 
@@ -31,14 +31,14 @@ def test_the_text_of_plain_attention() -> None:
     assert kernel.source == (
         '#include "fi/sm80/kernel.h"\n'
         "\n"
-        'extern "C" __global__ void __launch_bounds__(fi::sm80::kThreads, 2)\n'
+        'extern "C" __global__ void __launch_bounds__(128, 2)\n'
         "fi_attention(const __grid_constant__ fi::KernelParams p) {\n"
         "  using namespace fi;\n"
         "  using namespace fi::sm80;\n"
         "  run<Shape<__nv_bfloat16, __nv_bfloat16, 128, 128, 4, true, true>,\n"
         "      Variant<true, Functions<>, Functions<>, Functions<>>,\n"
-        "      Tile<16, 64, 2>,\n"
-        "      Tile<64, 64, 2>>(p);\n"
+        "      Tile<16, 64, 2, 4>,\n"
+        "      Tile<64, 64, 2, 4>>(p);\n"
         "}\n"
     )
     assert kernel.entry == "fi_attention"
@@ -49,11 +49,11 @@ def test_the_text_of_plain_attention() -> None:
 def test_every_choice_is_in_the_text_and_the_title() -> None:
     kernel = attention_kernel(
         AttentionSpec(192, 128, torch.float16, torch.float8_e4m3fn, 16, shipped.soft_cap(30.0),
-                      ((16, 64, 3),), 1, False, False)
+                      ((16, 64, 3),), 4, 1, False, False)
     )  # fmt: skip
     assert "Shape<__half, __nv_fp8_e4m3, 192, 128, 16, false, false>" in kernel.source
-    assert "__launch_bounds__(fi::sm80::kThreads, 1)" in kernel.source
-    assert "Tile<16, 64, 3>>(p)" in kernel.source
+    assert "__launch_bounds__(128, 1)" in kernel.source
+    assert "Tile<16, 64, 3, 4>>(p)" in kernel.source
     expected = "attention d192/128 g16 fp16 kv fp8 16x64 soft_cap any-table unaligned"
     assert kernel.title == expected
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from plan_batches import PlanCase, assert_same, plan_on_host, random_case
-from plan_fibers import build, empty_plan, plan_on_fibers, run_params
+from plan_fibers import Launch, build, empty_plan, plan_on_fibers, run_params
 
 from fi_backend import PagedBatch, _core, errors, plan_kernel
 from fi_backend.formats import Nodes
@@ -21,8 +21,14 @@ from fi_backend.plan_records import BAD_INDPTR, KV_TOO_LONG, plan_arrays
 from fi_backend.storage import PageTable
 
 CPU = torch.device("cpu")
-# CTAs, threads of each, and whether its fibers run in descending order.
-LAUNCHES = [(1, 4, False), (5, 32, True), (2, 64, False), (3, 256, True), (1, 1024, False)]
+LAUNCHES = [
+    Launch(1, 4, 4),
+    Launch(5, 32, 1, is_descending=True),
+    Launch(2, 64, 4),
+    Launch(3, 256, 1, is_descending=True),
+    Launch(40, 128, 4, is_descending=True),
+    Launch(1, 512, 1),
+]
 DECODES = PlanCase(
     "1024 decodes",
     heads=(32, 8),
@@ -58,19 +64,18 @@ def test_division_of_64_bits_is_exact(fibers: ctypes.CDLL) -> None:
         q = draw.choice([0, 1, 2047, draw.randrange(2**24), draw.randrange(2**31 - 1)])
         a = q * b + draw.choice([0, b - 1, draw.randrange(b)])
         assert fibers.quotient_of(a, b) == q, (a, b)
-        n, d = draw.randrange(2 ** draw.randrange(1, 63)), draw.randrange(1, 2**15)
+        d = draw.choice([1, 2, 3, 132, 2**31 - 1, draw.randrange(1, 2**31)])
+        n = draw.choice([2**63 - 1, 2**62 // d * d - 1, draw.randrange(2 ** draw.randrange(1, 64))])
         rest = ctypes.c_int()
         assert (fibers.long_quotient(n, d, ctypes.byref(rest)), rest.value) == divmod(n, d)
 
 
 @pytest.mark.parametrize("launch", LAUNCHES, ids=str)
-def test_random_steps_give_the_bytes_of_the_host(
-    fibers: ctypes.CDLL, launch: tuple[int, int, bool]
-) -> None:
+def test_random_steps_give_the_bytes_of_the_host(fibers: ctypes.CDLL, launch: Launch) -> None:
     for seed in range(LAUNCHES.index(launch) * 80, LAUNCHES.index(launch) * 80 + 80):
         case = random_case(seed, max_requests=300)
         expected = plan_on_host(case)
-        got, status = plan_on_fibers(fibers, case, *launch)
+        got, status = plan_on_fibers(fibers, case, launch)
         assert_same(case, expected, got)
         assert status == plan_arrays(expected, case.config().layout())["header"]["status"], case
 
@@ -89,10 +94,11 @@ def test_steps_of_serving_size(
         DECODES, band=band, num_requests=num_requests, qo_indptr=indptr, kv_len=kv,
         capacity=capacity,
     )  # fmt: skip
-    got, _ = plan_on_fibers(fibers, case, 3, 1024)
+    got, _ = plan_on_fibers(fibers, case, Launch(3, 288, 4))
     assert_same(case, plan_on_host(case), got)
 
 
+@pytest.mark.parametrize("per_thread", [1, 4])
 @pytest.mark.parametrize("num_threads", [1, 2, 8])
 @pytest.mark.parametrize(
     "indptr",
@@ -106,7 +112,7 @@ def test_steps_of_serving_size(
     ids=str,
 )
 def test_an_indptr_out_of_order_is_clamped_as_on_the_host(
-    fibers: ctypes.CDLL, indptr: list[int], num_threads: int
+    fibers: ctypes.CDLL, indptr: list[int], num_threads: int, per_thread: int
 ) -> None:
     case = dataclasses.replace(
         DECODES,
@@ -116,14 +122,14 @@ def test_an_indptr_out_of_order_is_clamped_as_on_the_host(
         kv_len=np.full(5, 700, np.int32),
     )
     expected = plan_on_host(case)
-    got, status = plan_on_fibers(fibers, case, 1, num_threads)
+    got, status = plan_on_fibers(fibers, case, Launch(1, num_threads, per_thread))
     assert_same(case, expected, got)
     assert status & BAD_INDPTR
 
 
 def test_an_empty_step_clears_what_the_last_one_left(fibers: ctypes.CDLL) -> None:
     case = dataclasses.replace(DECODES, num_requests=0)
-    got, _ = plan_on_fibers(fibers, case, 4, 256)
+    got, _ = plan_on_fibers(fibers, case, Launch(4, 256))
     arrays = plan_arrays(got, case.config().layout())
     assert len(arrays["items"]) == 0
     assert arrays["cta_ptr"].tolist() == [0] * 265
@@ -139,7 +145,7 @@ class NoDevice:
 
     def launch(self, _: object, params: object, grid: int, threads: int, stream: int) -> None:
         assert stream == 77
-        run_params(self.library, params, grid, threads)
+        run_params(self.library, params, Launch(grid, threads, 4))
 
 
 @pytest.fixture
@@ -200,40 +206,49 @@ def with_capacity(requests: int, tokens: int) -> PlanCase:
 
 
 @pytest.mark.parametrize(
-    ("case", "threads"), [(with_capacity(64, 64), 512), (with_capacity(1024, 16_384), 1024)]
+    ("case", "shape"),
+    [
+        (with_capacity(64, 64), "288, 1"),
+        (with_capacity(1024, 16_384), "288, 4"),
+        (dataclasses.replace(with_capacity(1024, 8192), num_ctas=132), "256, 4"),
+        (dataclasses.replace(with_capacity(8, 64), num_ctas=78), "128, 1"),
+    ],
 )
-def test_usual_capacities_plan_in_shared_memory(case: PlanCase, threads: int) -> None:
+def test_usual_capacities_plan_in_shared_memory(case: PlanCase, shape: str) -> None:
     config = case.config()
     kernel = PlanKernel.device_kernel(config, config.layout())
-    assert f"fi::planner::run<{threads}, true, false>" in kernel.source
+    assert f"fi::planner::run<{shape}, true, false>" in kernel.source
     assert 0 < kernel.shared_bytes <= MAX_SHARED_BYTES
 
 
 def test_a_huge_capacity_plans_in_global_memory() -> None:
     config = with_capacity(1024, 1 << 20).config()
     kernel = PlanKernel.device_kernel(config, config.layout())
-    assert "fi::planner::run<1024, false, false>" in kernel.source
+    assert "fi::planner::run<288, 4, false, false>" in kernel.source
     assert kernel.shared_bytes == 0
     assert scratch_bytes(config, config.layout()) > 16 * MAX_SHARED_BYTES
     assert scratch_bytes(DECODES.config(), DECODES.config().layout()) == 0
 
 
 @pytest.mark.parametrize(
-    ("arch", "threads", "in_shared", "is_invariant"),
+    ("arch", "threads", "per_thread", "in_shared", "is_invariant"),
     [
-        ("sm_90a", 256, "true", "false"),
-        ("sm_90a", 512, "true", "true"),
-        ("sm_90a", 1024, "true", "false"),
-        ("sm_90a", 1024, "false", "false"),
-        ("sm_80", 1024, "true", "true"),
-        ("sm_120a", 512, "true", "false"),
+        ("sm_90a", 128, 1, "true", "false"),
+        ("sm_90a", 288, 4, "true", "false"),
+        ("sm_90a", 512, 4, "false", "false"),
+        ("sm_90a", 512, 1, "true", "true"),
+        ("sm_80", 512, 1, "false", "true"),
+        ("sm_80", 512, 4, "true", "false"),
+        ("sm_120a", 288, 4, "true", "false"),
     ],
 )
 def test_compiles_without_spills(
-    arch: str, threads: int, in_shared: str, is_invariant: str
+    arch: str, threads: int, per_thread: int, in_shared: str, is_invariant: str
 ) -> None:
-    names = {"threads": threads, "in_shared": in_shared, "is_invariant": is_invariant}
-    cubin = compile_cubin(plan_kernel.SOURCE.format(**names), arch)
+    source = plan_kernel.SOURCE.format(
+        threads=threads, per_thread=per_thread, in_shared=in_shared, is_invariant=is_invariant
+    )
+    cubin = compile_cubin(source, arch)
     assert (cubin.spill_bytes, cubin.stack_bytes) == (0, 0), cubin.log
     assert "warning" not in cubin.log
 

@@ -6,79 +6,77 @@
 
 namespace fi {
 
-struct PlanKernelParams {
-  // Constant for a layer class and its capacity.
-  Tiling tiling;
-  PlanLayout layout;
-  Divisor num_kv_heads;
-  Divisor num_ctas;  // of the attention launch: spans; below 2^15
-  int32_t max_requests;
-  int32_t max_tokens;     // query tokens of a step
-  int32_t max_kv_len;     // KV tokens of one request
-  int32_t max_row_tiles;  // of one KV head
-  void* scratch;          // scratch_bytes() for each CTA where shared memory does not hold that
-  // The step.
-  int32_t num_requests;
-  int32_t kv_len_is_int64;
-  const int32_t* qo_indptr;  // [num_requests + 1] tokens
-  const void* kv_len;        // [num_requests] tokens, new ones included
-  void* plan;                // layout.total_bytes, 16-byte aligned
-  int32_t* status;           // PlanStatus bits of failing steps are OR-ed in; null: not wanted
-};
-
 namespace planner {
 
 // A place in the linear order (request, KV head, tile descending, KV step) where a span ends.
-struct Cut {
-  int32_t tile;      // row tiles of all KV heads before it
-  int32_t step;      // KV steps of its row tile before it; a cut inside a tile has some
-  int32_t num_rows;  // packed rows of its row tile
-  int32_t items;     // items before it
-  int32_t rows;      // partial rows before it
+struct alignas(16) Cut {
+  int32_t tile;   // row tiles of all KV heads before it
+  int32_t step;   // KV steps of its row tile before it; a cut inside a tile has some
+  int32_t items;  // items before it
+  int32_t rows;   // partial rows before it
 };
 
 // What every CTA works out for itself. "Tiles" here are row tiles of one KV head, requests
 // ascending and each request's tiles descending: all heads have the same.
 struct Scratch {
-  int64_t* cost;          // [max_row_tiles + 1] cost of the tiles before each
-  int64_t* pieces;        // [max_row_tiles + 1] batch-invariant mode: items << 32 | partial rows
-  int32_t* tile_request;  // [max_row_tiles]
-  int32_t* tile_begin;    // [max_requests + 1] tiles of the requests before each
-  int32_t* qo_begin;      // [max_requests]
-  int32_t* q_len;         // [max_requests]
-  int32_t* kv_len;        // [max_requests]
-  Cut* cuts;              // [num_ctas + 1]
+  Cut* cuts;               // [num_ctas + 1]
+  int64_t* cost;           // [max_row_tiles + 1] cost of the tiles before each
+  int64_t* pieces;         // [max_row_tiles + 1] batch-invariant mode: items << 32 | partial rows
+  int32_t* tile_request;   // [max_row_tiles]
+  int32_t* tile_begin;     // [max_requests + 1] tiles of the requests before each
+  int32_t* qo_begin;       // [max_requests]
+  int32_t* q_len;          // [max_requests]
+  int32_t* kv_len;         // [max_requests]
+  int32_t* cut_tile_rows;  // [num_ctas + 1] packed rows of each cut's row tile
 };
 
-// Hands out arrays from `base` on (16-byte aligned), one after another.
-struct ScratchCursor {
-  char* base;
-  int64_t at;
-
-  template <class T>
-  FI_HOST_DEVICE void place(T** array, int64_t count) {
-    *array = reinterpret_cast<T*>(base + at);
-    at += count * static_cast<int64_t>(sizeof(T));
-  }
+// Byte offsets of the arrays, from the start of a CTA's scratch. Each is 16-byte aligned and of
+// whole 16 bytes: threads write runs of four entries.
+struct ScratchLayout {
+  int64_t cuts, cost, pieces, tile_request, tile_begin, qo_begin, q_len, kv_len, cut_tile_rows;
+  int64_t total_bytes;
 };
 
-// Returns the bytes taken, a multiple of 16.
-FI_HOST_DEVICE inline int64_t place_scratch(const PlanKernelParams& p, char* base, Scratch* out) {
-  ScratchCursor cursor{base, 0};
-  cursor.place(&out->cost, p.max_row_tiles + 1);
-  cursor.place(&out->pieces, p.tiling.chunk.value > 0 ? p.max_row_tiles + 1 : 0);
-  cursor.place(&out->tile_request, p.max_row_tiles);
-  cursor.place(&out->tile_begin, p.max_requests + 1);
-  cursor.place(&out->qo_begin, p.max_requests);
-  cursor.place(&out->q_len, p.max_requests);
-  cursor.place(&out->kv_len, p.max_requests);
-  cursor.place(&out->cuts, p.num_ctas.value + 1);
-  return (cursor.at + 15) / 16 * 16;
-}
+}  // namespace planner
 
-FI_HOST_DEVICE inline int64_t scratch_bytes(const PlanKernelParams& p) {
-  Scratch unused;
-  return place_scratch(p, nullptr, &unused);
+struct PlanKernelParams {
+  // The step; what the kernel reads first stands first.
+  const int32_t* qo_indptr;  // [num_requests + 1] tokens
+  const void* kv_len;        // [num_requests] tokens, new ones included
+  int32_t num_requests;
+  int32_t kv_len_is_int64;
+  // Constant for a layer class and its capacity.
+  int32_t max_requests;
+  int32_t max_tokens;     // query tokens of a step
+  int32_t max_kv_len;     // KV tokens of one request
+  int32_t max_row_tiles;  // of one KV head
+  Divisor num_kv_heads;
+  Divisor num_ctas;  // of the attention launch: spans; below 2^15
+  LongDivisor long_kv_heads, long_ctas;
+  LongDivisor c_tile[kMaxTileClasses];  // of tiling.classes
+  Tiling tiling;
+  PlanLayout layout;
+  planner::ScratchLayout scratch_layout;
+  void* scratch;  // total_bytes of that for each CTA, where shared memory does not hold them
+  // The step.
+  void* plan;       // layout.total_bytes, 16-byte aligned
+  int32_t* status;  // PlanStatus bits of failing steps are OR-ed in; null: not wanted
+};
+
+namespace planner {
+
+FI_HOST_DEVICE inline Scratch scratch_at(const ScratchLayout& layout, char* base) {
+  Scratch s;
+  s.cuts = reinterpret_cast<Cut*>(base + layout.cuts);
+  s.cost = reinterpret_cast<int64_t*>(base + layout.cost);
+  s.pieces = reinterpret_cast<int64_t*>(base + layout.pieces);
+  s.tile_request = reinterpret_cast<int32_t*>(base + layout.tile_request);
+  s.tile_begin = reinterpret_cast<int32_t*>(base + layout.tile_begin);
+  s.qo_begin = reinterpret_cast<int32_t*>(base + layout.qo_begin);
+  s.q_len = reinterpret_cast<int32_t*>(base + layout.q_len);
+  s.kv_len = reinterpret_cast<int32_t*>(base + layout.kv_len);
+  s.cut_tile_rows = reinterpret_cast<int32_t*>(base + layout.cut_tile_rows);
+  return s;
 }
 
 }  // namespace planner

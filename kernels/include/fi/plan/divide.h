@@ -39,16 +39,34 @@ struct Quotient64 {
   int32_t remainder;
 };
 
-// Long division of n >= 0 in 16-bit digits, for divisors below 2^15.
-FI_HOST_DEVICE inline Quotient64 divide(int64_t n, const Divisor& divisor) {
-  Quotient64 out{0, 0};
-  for (int32_t shift = 48; shift >= 0; shift -= 16) {
-    const int32_t digits = out.remainder << 16 | static_cast<int32_t>(n >> shift & 0xffff);
-    const int32_t digit = divisor.quotient(digits);
-    out.quotient = out.quotient << 16 | digit;
-    out.remainder = digits - digit * divisor.value;
+// Upper half of a product of 64 bits each.
+FI_HOST_DEVICE inline uint64_t high_product(uint64_t a, uint64_t b) {
+#if defined(__CUDA_ARCH__)
+  return __umul64hi(a, b);
+#else
+  const uint64_t a_low = a & 0xffffffff, a_high = a >> 32, b_low = b & 0xffffffff, b_high = b >> 32;
+  const uint64_t first = a_high * b_low + (a_low * b_low >> 32);
+  const uint64_t second = a_low * b_high + (first & 0xffffffff);
+  return a_high * b_high + (first >> 32) + (second >> 32);
+#endif
+}
+
+// The same for dividends of 63 bits. The multiplier is below 2^64 / value by at most 1, hence the
+// product below the quotient by less than 1 / 2: after rounding down it is one too small at most.
+struct LongDivisor {
+  uint64_t multiplier;
+  int64_t value;
+
+  FI_HOST_DEVICE Quotient64 divide(int64_t n) const {
+    const auto guess = static_cast<int64_t>(high_product(static_cast<uint64_t>(n), multiplier));
+    const int64_t rest = n - guess * value;
+    const bool is_low = rest >= value;
+    return {guess + is_low, static_cast<int32_t>(rest - (is_low ? value : 0))};
   }
-  return out;
+};
+
+FI_HOST_DEVICE constexpr LongDivisor make_long_divisor(int32_t value) {
+  return {~uint64_t{0} / static_cast<uint64_t>(value), value};
 }
 
 // floor(a / b) for a >= 0 and b > 0 where it is below 2^31. A float guesses it to within 2^-22 of

@@ -18,9 +18,12 @@ struct Tiling {
   Divisor kv_tile[kMaxTileClasses];    //
 
   // The smallest class that holds all rows in one tile; if there is none, the largest.
+  // Without a loop that ends early: a GPU compares with all at once.
   FI_HOST_DEVICE int32_t class_of(int32_t packed_rows) const {
     int32_t c = 0;
-    while (c < num_classes - 1 && packed_rows > classes[c].rows) ++c;
+    for (int32_t i = 0; i < kMaxTileClasses - 1; ++i) {
+      c += i < num_classes - 1 && packed_rows > classes[i].rows;
+    }
     return c;
   }
 };

@@ -6,13 +6,11 @@
 
 namespace fi::sm80 {
 
-constexpr int kThreads = 128;  // of a CTA
-
 // A tile class: `kRows` packed query rows by `kKvTile` KV tokens, in `kStages` shared-memory
 // stages, for CTAs of `kWarps` warps. Warps split the rows into blocks of 16 or 32 first, then the
 // KV tokens; states of the same rows merge at the end of an item. 16 rows leave warps past the
 // fourth idle: a warp takes at least 16 tokens.
-template <int kRows_, int kKvTile_, int kStages_, int kWarps_ = kThreads / 32>
+template <int kRows_, int kKvTile_, int kStages_, int kWarps_>
 struct Tile {
   static constexpr int kRows = kRows_;
   static constexpr int kKvTile = kKvTile_;
@@ -67,7 +65,7 @@ constexpr int kRowOffsetBytes = 16;  // sizeof(RowOffsets)
 
 FI_HOST_DEVICE constexpr SharedPlan plan_shared(int head_dim_qk, int head_dim_vo, int kv_bytes,
                                                 int rows, int kv_tile, int num_stages,
-                                                int num_warps = kThreads / 32) {
+                                                int num_warps) {
   SharedPlan s{};
   s.pitch_q = row_pitch(head_dim_qk * 2);
   s.pitch_k = row_pitch(head_dim_qk * kv_bytes);
@@ -86,11 +84,6 @@ FI_HOST_DEVICE constexpr SharedPlan plan_shared(int head_dim_qk, int head_dim_vo
   s.bytes = s.rows + (rows * kRowInfoBytes + 15) / 16 * 16;
   return s;
 }
-
-// KV tokens that a warp takes through qk, softmax and pv at once. A warp of 32 rows by 128
-// components of o has registers for 32 columns of logits, no more.
-template <class S, class T>
-constexpr int kStepCols = T::kRowBlocks > 1 && S::kHeadDimVo > 64 ? 32 : T::kWarpCols;
 
 template <class S, class T>
 constexpr SharedPlan kShared = plan_shared(S::kHeadDimQk, S::kHeadDimVo, S::kKvBytes, T::kRows,

@@ -16,7 +16,7 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     return smem_q + kPlan.stages + tile % T::kStages * kPlan.stage_bytes;
   };
 
-  const KvLoader<S, T> loader(p, item, smem);
+  const KvLoader<S, T> loader(p, current, smem);
   const int num_tiles = loader.num_tiles();
   int32_t first_pages[T::kStages];
 #pragma unroll
@@ -39,11 +39,10 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     ptx::cp_async_wait<T::kStages - 2>();
     __syncthreads();  // tile t has landed, and every warp has left the stage refilled next
     const int next = t + T::kStages - 1;
-    const int32_t page = loader.fetch(next + 1);
-    const uint32_t next_stage = stage(next);
-    loop.tile(smem_q, stage(t), loader.tiles().begin(t), loader.tiles().end(t), state,
-              [&](int part) { loader.load_pass(next, next_stage, part); });
+    loader.load(next, stage(next));
     ptx::cp_async_commit();
+    const int32_t page = loader.fetch(next + 1);
+    loop.tile(smem_q, stage(t), loader.tiles().begin(t), loader.tiles().end(t), state);
     loader.publish(next + 1, page);
   }
   ptx::cp_async_wait<0>();
@@ -95,20 +94,26 @@ __device__ void run(const KernelParams& p) {
     ((tile_class == c++ ? rows = Tiles::kRows : 0), ...);
     return rows;
   };
-  int i = __ldg(plan_of(p).cta_ptr + blockIdx.x);
-  const int end = __ldg(plan_of(p).cta_ptr + blockIdx.x + 1);
-  int32_t item_word = fetch_item(p, i, end);
-  for (; i < end; ++i) {
-    publish_item(item_word, current);
+  const auto end = [&] { return __ldg(plan_of(p).cta_ptr + blockIdx.x + 1); };
+  const int count = end() - __ldg(plan_of(p).cta_ptr + blockIdx.x);
+  if (count == 0) return;
+  if (threadIdx.x == 0) current.left = count;
+  prefetch_item(p, end() - count, current);
+  ptx::cp_async_wait_all();
+  __syncthreads();
+  bool is_last;
+  do {
+    advance_item(p, current);
     __syncthreads();
-    item_word = fetch_item(p, i + 1, end);  // on its way while this item is computed
+    if (current.left > 0) prefetch_item(p, end() - current.left, current);
     int c = 0;
     ((current.item.tile_class == c++ ? run_item<S, V, Tiles>(p, current, smem) : void()), ...);
     if (current.item.partial_row >= 0) {
       arrive_and_merge<S, V>(p, plan_of(p), class_rows, current.item, &flag);
     }
+    is_last = current.left == 0;
     __syncthreads();  // shared memory belongs to the next item
-  }
+  } while (!is_last);
 }
 
 }  // namespace fi::sm80

@@ -10,28 +10,47 @@ namespace fi::sm80 {
 
 static_assert(sizeof(VariantRow) == kRowInfoBytes);
 
-// What a CTA works on. It lies in shared memory: the main loop has no register left for it.
+__device__ inline float scale_of(const DeviceScale& s, int32_t kv_head) {
+  return s.data ? s.data[s.per_head ? kv_head : 0] : 1.0f;
+}
+
+// What a CTA works on, and what comes next. It lies in shared memory: the main loop has no register
+// left for it.
 struct CurrentItem {
   WorkItem item;
-  VariantBox box;  // positions, lengths and heads of the item's rows
+  VariantBox box;        // positions, lengths and heads of the item's rows
+  const int32_t* pages;  // the item's row of the page table
+  WorkItem next;         // on its way while the item is computed
+  int32_t left;          // items of the CTA after this one
+  float scale;           // of its logits, the scales of q and k included
 };
-constexpr int kItemWords = sizeof(WorkItem) / 4;
 
 __device__ inline PlanView plan_of(const KernelParams& p) {
   return view_plan(ptx::here(p.plan), p.layout);
 }
 
-// Word `threadIdx.x` of item `index`, for the threads that have one.
-__device__ inline int32_t fetch_item(const KernelParams& p, int index, int end) {
-  if (threadIdx.x >= kItemWords || index >= end) return 0;
-  return __ldg(reinterpret_cast<const int32_t*>(plan_of(p).items + index) + threadIdx.x);
+// Starts the copy of item `index` to current.next; landed when all copies of the CTA have.
+__device__ inline void prefetch_item(const KernelParams& p, int index, CurrentItem& current) {
+  constexpr uint32_t kChunks = sizeof(WorkItem) / 16;
+  if (threadIdx.x >= kChunks) return;
+  ptx::cp_async_16(ptx::shared_address(&current.next) + threadIdx.x * 16,
+                   reinterpret_cast<const char*>(plan_of(p).items + index) + threadIdx.x * 16,
+                   true);
 }
 
-__device__ inline void publish_item(int32_t word, CurrentItem& current) {
-  if (threadIdx.x < kItemWords) reinterpret_cast<int32_t*>(&current.item)[threadIdx.x] = word;
-  if (threadIdx.x == kItemWords) {
+// Makes the next item the current one; a CTA barrier before and after.
+__device__ inline void advance_item(const KernelParams& p, CurrentItem& current) {
+  constexpr uint32_t kWords = sizeof(WorkItem) / 4;
+  if (threadIdx.x < kWords) {
+    reinterpret_cast<int32_t*>(&current.item)[threadIdx.x] =
+        reinterpret_cast<const int32_t*>(&current.next)[threadIdx.x];
+  } else if (threadIdx.x == 32) {  // a warp of its own: the row may have to be looked up
     constexpr int32_t kLow = -(1 << 30), kHigh = 1 << 30;
     current.box = {kHigh, kLow, 0, 0, kHigh, kLow, kHigh, kLow, 0, 0};
+    current.pages = page_row(p.table, current.next.table_row);
+    current.left -= 1;
+    const int kv_head = current.next.kv_head;
+    current.scale = p.scale * scale_of(p.q_scale, kv_head) * scale_of(p.k_scale, kv_head);
   }
 }
 
@@ -183,13 +202,11 @@ class KvLoader {
  public:
   static constexpr int kPasses = (T::kKvTile + kRowsPerPass - 1) / kRowsPerPass;
 
-  __device__ KvLoader(const KernelParams& p, const WorkItem& item, char* smem)
+  __device__ KvLoader(const KernelParams& p, const CurrentItem& current, char* smem)
       : p_(p),
-        item_(item),
-        thread_(ptx::thread_index()),
-        pages_(page_row(p.table, item.table_row)),
+        current_(current),
         offsets_(reinterpret_cast<RowOffsets*>(smem + kPlan.offsets)),
-        tiles_{item},
+        tiles_{current.item},
         num_tiles_(tiles_.count()) {}
 
   __device__ int num_tiles() const { return num_tiles_; }
@@ -198,43 +215,45 @@ class KvLoader {
   // Page id of this thread's token of `tile`, -1 for none. Entries past the range are never
   // dereferenced.
   __device__ int32_t fetch(int tile) const {
-    if (thread_ >= T::kKvTile || tile >= num_tiles_) return -1;
-    const int pos = tiles_.begin(tile) + static_cast<int>(thread_);
+    const uint32_t thread = ptx::thread_index();
+    if (thread >= T::kKvTile || tile >= num_tiles_) return -1;
+    const int pos = tiles_.begin(tile) + static_cast<int>(thread);
     if (pos >= tiles_.end(tile)) return -1;
-    if constexpr (S::kPlainPages) return pages_[(pos >> p_.page_shift) * p_.table.entry_stride];
-    return page_id(p_.table, pages_, pos / p_.table.page_size);
+    if constexpr (S::kPlainPages) {
+      return current_.pages[(pos >> p_.page_shift) * p_.table.entry_stride];
+    }
+    return page_id(p_.table, current_.pages, pos / p_.table.page_size);
   }
 
   // Offsets of `tile`, whose page id fetch() brought; load() may read them after a CTA barrier.
   __device__ void publish(int tile, int32_t page) const {
-    if (thread_ >= T::kKvTile) return;
+    const uint32_t thread = ptx::thread_index();
+    if (thread >= T::kKvTile) return;
     RowOffsets row = {kNoRow, kNoRow};
     if (page >= 0) {
-      const int in_page = offset_in_page(tiles_.begin(tile) + static_cast<int>(thread_));
+      const int in_page = offset_in_page(tiles_.begin(tile) + static_cast<int>(thread));
       const KvStrides &k = p_.kv.k_stride, &v = p_.kv.v_stride;
-      row.k = page * k.page + in_page * k.token + item_.kv_head * k.head;
-      row.v = page * v.page + in_page * v.token + item_.kv_head * v.head;
+      row.k = page * k.page + in_page * k.token + current_.item.kv_head * k.head;
+      row.v = page * v.page + in_page * v.token + current_.item.kv_head * v.head;
     }
-    offsets_[tile % T::kStages * T::kKvTile + thread_] = row;
+    offsets_[tile % T::kStages * T::kKvTile + thread] = row;
   }
 
   // Starts the copies of a published tile; past the last one, of zeros.
   __device__ void load(int tile, uint32_t smem) const {
+    const uint32_t thread = ptx::thread_index();
+    const int lane = thread % kLanesPerRow;
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) load_pass(tile, smem, pass);
-  }
-
-  // One of the kPasses parts of load(): some rows, by all threads.
-  __device__ void load_pass(int tile, uint32_t smem, int pass) const {
-    const int lane = thread_ % kLanesPerRow;
-    const int row = pass * kRowsPerPass + thread_ / kLanesPerRow;
-    if (T::kKvTile % kRowsPerPass != 0 && row >= T::kKvTile) return;
-    const RowOffsets at = offsets_[tile % T::kStages * T::kKvTile + row];
-    const bool valid = at.k != kNoRow;
-    const Element* k = static_cast<const Element*>(p_.kv.k) + (valid ? at.k : 0);
-    const Element* v = static_cast<const Element*>(p_.kv.v) + (valid ? at.v : 0);
-    copy_row<kChunksK>(smem + row * kPlan.pitch_k, k, lane, valid);
-    copy_row<kChunksV>(smem + kPlan.stage_k + row * kPlan.pitch_v, v, lane, valid);
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = pass * kRowsPerPass + thread / kLanesPerRow;
+      if (T::kKvTile % kRowsPerPass != 0 && row >= T::kKvTile) continue;
+      const RowOffsets at = offsets_[tile % T::kStages * T::kKvTile + row];
+      const bool valid = at.k != kNoRow;
+      const Element* k = static_cast<const Element*>(p_.kv.k) + (valid ? at.k : 0);
+      const Element* v = static_cast<const Element*>(p_.kv.v) + (valid ? at.v : 0);
+      copy_row<kChunksK>(smem + row * kPlan.pitch_k, k, lane, valid);
+      copy_row<kChunksV>(smem + kPlan.stage_k + row * kPlan.pitch_v, v, lane, valid);
+    }
   }
 
  private:
@@ -255,9 +274,7 @@ class KvLoader {
   }
 
   const KernelParams& p_;
-  const WorkItem& item_;
-  uint32_t thread_;
-  const int32_t* pages_;
+  const CurrentItem& current_;
   RowOffsets* offsets_;  // [stages][kv_tile]
   KvTiles<T::kKvTile> tiles_;
   int num_tiles_;

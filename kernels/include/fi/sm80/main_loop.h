@@ -15,10 +15,6 @@
 
 namespace fi::sm80 {
 
-__device__ inline float scale_of(const DeviceScale& s, int32_t kv_head) {
-  return s.data ? s.data[s.per_head ? kv_head : 0] : 1.0f;
-}
-
 // What a warp knows of its rows. Lane l holds rows r = l / 4 and r + 8 of each 16-row block.
 template <class S, class T>
 struct WarpState {
@@ -39,75 +35,59 @@ struct WarpState {
   }
 };
 
+// KV tokens that a warp takes through qk, softmax and pv at once. A warp of 32 rows by 128
+// components of o has registers for 64 columns of logits, but not for a variant's functions or the
+// widening of fp8 beside them; head dimensions between 64 and 128 leave fewer, for addresses.
+template <class S, class V, class T>
+constexpr int kStepCols =
+    T::kRowBlocks == 1 || S::kHeadDimVo <= 64 ||
+            (S::kHeadDimVo == 128 && !S::kFp8 && V::kFoldsScale && !V::kHasMasks)
+        ? T::kWarpCols
+        : 32;
+
 template <class S, class V, class T>
 class WarpLoop {
   using Element = typename S::Element;
   using Ops = ElementOps<Element>;
   static constexpr SharedPlan kPlan = kShared<S, T>;
-  static constexpr int kColBlocks = kStepCols<S, T> / 8;  // n8 blocks of logits
+  static constexpr int kColBlocks = kStepCols<S, V, T> / 8;  // n8 blocks of logits
   static constexpr int kStepsQk = S::kHeadDimQk / 16;
   using Logits = float[T::kRowBlocks][kColBlocks][4];
 
  public:
   __device__ WarpLoop(const KernelParams& p, const CurrentItem& current, const VariantRow* rows)
-      : p_(p), current_(current), rows_(rows) {
-    const uint32_t thread = ptx::thread_index();
-    const int warp = thread / 32, kv_head = current.item.kv_head;
-    lane_ = thread % 32;
-    first_row_ = warp / T::kWarpsN * T::kRowBlocks * 16;
-    first_col_ = warp % T::kWarpsN * T::kWarpCols;
-    scale_ = p.scale * scale_of(p.q_scale, kv_head) * scale_of(p.k_scale, kv_head);
-    const Band& band = p.band;
-    constexpr int kFar = 1 << 30;
-    clear_begin_ = band.left >= 0 ? current.box.q_pos_max - band.left : -kFar;
-    clear_end_ = band.right >= 0 ? current.box.q_pos_min + band.right + 1 : kFar;
-  }
+      : p_(p), current_(current), rows_(rows) {}
 
-  __device__ int first_row() const { return first_row_; }
+  __device__ static int lane() { return ptx::thread_index() % 32; }
+  __device__ static int first_row() {
+    return ptx::thread_index() / 32 / T::kWarpsN * T::kRowBlocks * 16;
+  }
+  __device__ static int first_col() { return ptx::thread_index() / 32 % T::kWarpsN * T::kWarpCols; }
 
   // No rows, or no tokens, for this warp.
   __device__ bool is_idle() const {
-    if (T::kWarpsM * T::kWarpsN < T::kWarps && first_row_ >= T::kRows) return true;
-    return first_row_ >= current_.item.num_rows;
+    if (T::kWarpsM * T::kWarpsN < T::kWarps && first_row() >= T::kRows) return true;
+    return first_row() >= current_.item.num_rows;
   }
 
-  // The copies of the next tile are started between the products of this one, some in every step,
-  // so that their address arithmetic costs no time of its own. Warps that split the tokens have few
-  // products and wait for memory: there all copies come first.
-  static constexpr int kSteps = T::kWarpCols / kStepCols<S, T>;
-  static constexpr int kLoadParts = KvLoader<S, T>::kPasses / kSteps;  // in a step
-  static constexpr bool kSpreadsLoads = T::kWarpsN == 1 && kLoadParts > 0 &&
-                                        KvLoader<S, T>::kPasses % kSteps == 0 &&
-                                        kStepsQk % kLoadParts == 0 && S::kAligned &&
-                                        !(S::kFp8 && T::kRowBlocks > 1);  // no registers left
-
   // One KV tile: positions [kv_begin, kv_end) at most, in steps of as many columns as fit.
-  // load_part(i) starts part i of the copies.
-  template <class LoadPart>
   __device__ void tile(uint32_t smem_q, uint32_t smem_kv, int kv_begin, int kv_end,
-                       WarpState<S, T>& state, LoadPart load_part) const {
+                       WarpState<S, T>& state) const {
     const MaskKind kind = mask_kind(kv_begin, kv_end);
-    const bool is_nothing = is_idle() || kind == MaskKind::kEmpty;
-    if (is_nothing || !kSpreadsLoads) {
-#pragma unroll
-      for (int i = 0; i < KvLoader<S, T>::kPasses; ++i) load_part(i);
-    }
-    if (is_nothing) return;
+    if (is_idle() || kind == MaskKind::kEmpty) return;
+    const int first = first_col();
 #pragma unroll 1
-    for (int i = 0; i < kSteps; ++i) {
-      const int c = first_col_ + i * kStepCols<S, T>;
-      Logits s;
-      qk_gemm(smem_q, smem_kv + c * kPlan.pitch_k, s, [&](int part) {
-        if constexpr (kSpreadsLoads) load_part(i * kLoadParts + part);
-      });
-      finish_step(smem_kv + kPlan.stage_k + c * kPlan.pitch_v, kv_begin + c, kv_end, kind, s,
-                  state);
+    for (int c = first; c < first + T::kWarpCols; c += kStepCols<S, V, T>) {
+      step(smem_q, smem_kv + c * kPlan.pitch_k, smem_kv + kPlan.stage_k + c * kPlan.pitch_v,
+           kv_begin + c, kv_end, kind, state);
     }
   }
 
  private:
-  __device__ void finish_step(uint32_t smem_v, int kv_begin, int kv_end, MaskKind kind, Logits& s,
-                              WarpState<S, T>& state) const {
+  __device__ void step(uint32_t smem_q, uint32_t smem_k, uint32_t smem_v, int kv_begin, int kv_end,
+                       MaskKind kind, WarpState<S, T>& state) const {
+    Logits s;
+    qk_gemm(smem_q, smem_k, s);
     if constexpr (V::kHasLogits || V::kHasMasks || !V::kSoftmax) {
       apply_variant(kv_begin, kv_end, kind, s);
     }
@@ -116,25 +96,19 @@ class WarpLoop {
     pv_gemm(smem_v, s, state);
   }
 
-  // between(i) runs kLoadParts times among the products.
-  template <class Between>
-  __device__ void qk_gemm(uint32_t smem_q, uint32_t smem_k, Logits& s, Between between) const {
+  __device__ void qk_gemm(uint32_t smem_q, uint32_t smem_k, Logits& s) const {
 #pragma unroll
     for (int b = 0; b < T::kRowBlocks; ++b) {
 #pragma unroll
       for (int n = 0; n < kColBlocks; ++n) s[b][n][0] = s[b][n][1] = s[b][n][2] = s[b][n][3] = 0.f;
     }
-    const uint32_t q_at = smem_q + (first_row_ + lane_ % 16) * kPlan.pitch_q + lane_ / 16 * 16;
-    const uint32_t k_at =
-        smem_k + (lane_ % 8 + lane_ / 16 * 8) * kPlan.pitch_k + lane_ / 8 % 2 * 16;
+    const int lane = WarpLoop::lane();
+    const uint32_t q_at = smem_q + (first_row() + lane % 16) * kPlan.pitch_q + lane / 16 * 16;
+    const uint32_t k_at = smem_k + (lane % 8 + lane / 16 * 8) * kPlan.pitch_k + lane / 8 % 2 * 16;
     // 32 bytes of every K row at a time: one k16 step, or two of an fp8 cache.
     constexpr int kStepsPerLoad = S::kFp8 ? 2 : 1;
 #pragma unroll
     for (int k = 0; k < kStepsQk; k += kStepsPerLoad) {
-      if constexpr (kSpreadsLoads) {
-        constexpr int kEvery = kStepsQk / kLoadParts;
-        if (k % kEvery == 0) between(k / kEvery);
-      }
       uint32_t a[kStepsPerLoad][T::kRowBlocks][4];
 #pragma unroll
       for (int step = 0; step < kStepsPerLoad && k + step < kStepsQk; ++step) {
@@ -188,19 +162,20 @@ class WarpLoop {
   // Columns past kv_end stand for the last one: their logits are masked later, but a function may
   // read a tensor at its KV position.
   __device__ void apply_variant(int kv_begin, int kv_end, MaskKind kind, Logits& s) const {
+    const int lane = WarpLoop::lane(), first = first_row();
 #pragma unroll
     for (int b = 0; b < T::kRowBlocks; ++b) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const VariantRow& row = rows_[first_row_ + b * 16 + half * 8 + lane_ / 4];
+        const VariantRow& row = rows_[first + b * 16 + half * 8 + lane / 4];
 #pragma unroll
         for (int n = 0; n < kColBlocks; ++n) {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             float& x = s[b][n][half * 2 + c];
-            const int column = min_i32(kv_begin + n * 8 + lane_ % 4 * 2 + c, kv_end - 1);
-            const float logit =
-                apply_all(typename V::Logits{}, p_, row, current_.item.kv_head, column, x * scale_);
+            const int column = min_i32(kv_begin + n * 8 + lane % 4 * 2 + c, kv_end - 1);
+            const float logit = apply_all(typename V::Logits{}, p_, row, current_.item.kv_head,
+                                          column, x * current_.scale);
             if constexpr (!V::kFoldsScale) x = logit;
             if constexpr (V::kHasMasks) {
               const bool seen =
@@ -217,18 +192,24 @@ class WarpLoop {
   __device__ static float masked_value() { return V::kSoftmax ? neg_infinity() : 0.0f; }
 
   __device__ bool crosses_band(int kv_begin, int kv_end) const {
-    return kv_begin < clear_begin_ || kv_begin + kStepCols<S, T> > min_i32(kv_end, clear_end_);
+    const Band& band = p_.band;
+    const int end = kv_begin + kStepCols<S, V, T>;
+    if (end > kv_end || (band.right >= 0 && end > current_.box.q_pos_min + band.right + 1)) {
+      return true;
+    }
+    return band.left >= 0 && kv_begin < current_.box.q_pos_max - band.left;
   }
 
   __device__ void apply_band(int kv_begin, int kv_end, Logits& s) const {
     const Band& band = p_.band;
+    const int lane = WarpLoop::lane(), first = first_row();
 #pragma unroll
     for (int b = 0; b < T::kRowBlocks; ++b) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         // Two bounds per row decide an element: comparisons only, no branch.
-        const int q_pos = rows_[first_row_ + b * 16 + half * 8 + lane_ / 4].q_pos;
-        const int column = kv_begin + lane_ % 4 * 2;
+        const int q_pos = rows_[first + b * 16 + half * 8 + lane / 4].q_pos;
+        const int column = kv_begin + lane % 4 * 2;
         const int end = band.right >= 0 ? min_i32(kv_end, q_pos + band.right + 1) : kv_end;
         const int high = end - column;
         const int low = band.left >= 0 ? q_pos - band.left - column : -(1 << 30);
@@ -246,27 +227,38 @@ class WarpLoop {
     }
   }
 
-  // s -> p = 2^(scale * s - max); rescales the state where the maximum grew.
+  // s -> p = 2^(scale * s - max). Where products are the limit the state is rescaled only when a
+  // maximum grew by more than kSlack: p then stays below 2^kSlack, which fp32 sums and both 16-bit
+  // types hold as exactly as values below 1, and most tiles are spared a pass over o (the idea of
+  // FlashAttention-4).
   __device__ void online_softmax(Logits& s, WarpState<S, T>& state) const {
-    const float scale_log2 = (V::kFoldsScale ? scale_ : 1.0f) * kLog2E;
+    constexpr float kSlack = 8.0f;
+    constexpr bool kAlways = T::kWarpsN > 1;  // few products, nothing to spare
+    const float scale_log2 = (V::kFoldsScale ? current_.scale : 1.0f) * kLog2E;
+    float top[T::kRowBlocks][2];
+    bool grows = false;
 #pragma unroll
     for (int b = 0; b < T::kRowBlocks; ++b) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float top = neg_infinity();
+        float x = neg_infinity();
 #pragma unroll
         for (int n = 0; n < kColBlocks; ++n) {
-          top = fmaxf(top, fmaxf(s[b][n][half * 2], s[b][n][half * 2 + 1]));
+          x = fmaxf(x, fmaxf(s[b][n][half * 2], s[b][n][half * 2 + 1]));
         }
-        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
-        const float old_max = state.row_max[b][half];
-        const float new_max = fmaxf(old_max, top * scale_log2);
-        // A row that has seen nothing keeps max -inf; subtract 0 then, so that 2^-inf is 0, not
-        // NaN.
-        const float base = new_max == neg_infinity() ? 0.0f : new_max;
-        const float shrink = exp2_approx(old_max - base);
-        float sum = state.row_sum[b][half] * shrink;
+        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+        top[b][half] = x * scale_log2;
+        grows |= kAlways || top[b][half] > state.row_max[b][half] + kSlack;
+      }
+    }
+    if (kAlways || __any_sync(0xffffffff, grows)) rescale(top, state);
+#pragma unroll
+    for (int b = 0; b < T::kRowBlocks; ++b) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float base = finite_or_zero(state.row_max[b][half]);
+        float sum = state.row_sum[b][half];
 #pragma unroll
         for (int n = 0; n < kColBlocks; ++n) {
 #pragma unroll
@@ -276,8 +268,25 @@ class WarpLoop {
             sum += x;
           }
         }
-        state.row_max[b][half] = new_max;
         state.row_sum[b][half] = sum;
+      }
+    }
+  }
+
+  // A row that has seen nothing keeps max -inf; subtract 0 then, so that 2^-inf is 0, not NaN.
+  __device__ static float finite_or_zero(float row_max) {
+    return row_max == neg_infinity() ? 0.0f : row_max;
+  }
+
+  __device__ void rescale(const float (&top)[T::kRowBlocks][2], WarpState<S, T>& state) const {
+#pragma unroll
+    for (int b = 0; b < T::kRowBlocks; ++b) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float new_max = fmaxf(state.row_max[b][half], top[b][half]);
+        const float shrink = exp2_approx(state.row_max[b][half] - finite_or_zero(new_max));
+        state.row_max[b][half] = new_max;
+        state.row_sum[b][half] *= shrink;
 #pragma unroll
         for (int n = 0; n < S::kHeadDimVo / 8; ++n) {
           state.o[b][n][half * 2] *= shrink;
@@ -289,7 +298,8 @@ class WarpLoop {
 
   __device__ void pv_gemm(uint32_t smem_v, const Logits& s, WarpState<S, T>& state) const {
     constexpr int kChunks = S::kHeadDimVo * S::kKvBytes / 16;  // of a row of V
-    const uint32_t v_at = smem_v + lane_ % 16 * kPlan.pitch_v + lane_ / 16 * 16;
+    const int lane = WarpLoop::lane();
+    const uint32_t v_at = smem_v + lane % 16 * kPlan.pitch_v + lane / 16 * 16;
 #pragma unroll
     for (int k = 0; k < kColBlocks / 2; ++k) {
       uint32_t a[T::kRowBlocks][4];
@@ -334,9 +344,6 @@ class WarpLoop {
   const KernelParams& p_;
   const CurrentItem& current_;
   const VariantRow* rows_;
-  int lane_, first_row_, first_col_;
-  int clear_begin_, clear_end_;  // KV positions that the band lets every row of the item see
-  float scale_;
 };
 
 }  // namespace fi::sm80

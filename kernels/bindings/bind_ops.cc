@@ -150,7 +150,7 @@ void launch_merge(const Kernel& kernel, const MergeAddresses& addresses, int64_t
 
 }  // namespace
 
-void bind_gpu_ops(py::module_& m) {
+void bind_ops(py::module_& m) {
   bind_append_params(m);
   m.def("append_kv", &append_kv, py::arg("params"), py::arg("addresses"), py::arg("num_threads"));
   m.def("launch_append", &launch_append, py::arg("kernel"), py::arg("params"), py::arg("addresses"),
