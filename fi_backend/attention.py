@@ -42,7 +42,9 @@ def attention(
 
     Logits are ``scale * q_scale * k_scale * (q . k)``, then the variant's, then the masks, softmax
     in float32, ``v_scale`` at the output, sinks, the variant's output transform. A query that sees
-    nothing gets o = 0 and lse = -inf (the sink's value with a sink).
+    nothing gets o = 0 and lse = -inf (the sink's value with a sink). On a GPU, V must be finite at
+    positions that the variant's masks hide, or that lie between a sink prefix and a window in one
+    KV tile with visible ones: they are multiplied by 0.
 
     Args:
         slot: ``planner.slot(i)`` of the layer's class.
@@ -54,8 +56,9 @@ def attention(
             as they are. None: allocated, float32 for partial states, else the dtype of q.
         lse: float32 [rows of q, num_qo_heads] contiguous, written in place: natural log of the sum
             of exponentials, sink included; None: not wanted.
-        scale: of the logits; None means 1 / sqrt(head_dim_qk).
-        q_scale: float32, one value or one per KV head; None means 1. So are k_scale and v_scale.
+        scale: of the logits, on a GPU positive; None means 1 / sqrt(head_dim_qk).
+        q_scale: float32, one value or one per KV head, on a GPU positive; None means 1. So are
+            k_scale and v_scale.
         params: values of the variant's open parameters, tensors on the device of q.
         partial: return the state before sinks and output transform, for ``merge_states``.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fi_backend import _core
 from fi_backend.checks import check_page_ids
+from fi_backend.errors import InvalidInput, contract_message
 from fi_backend.formats import PagedBatch, PageTable
 from fi_backend.jit.attention_kernels import AttentionSpec, attention_kernel
 from fi_backend.jit.kernels import load
@@ -30,6 +31,7 @@ from fi_backend.launch import (
     refuse_params,
     table_view,
 )
+from fi_backend.layers import MAX_KV_LEN
 from fi_backend.variants import Variant
 from fi_backend.variants.binding import ParamTuple, bind_params
 
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from fi_backend.plan_slot import PlanSlot
 
 WARP_THREADS = 32
+_FLIP_Q = "change the sign of q, which changes that of the logits"
 ALIGNMENT = 16  # bytes that one cp.async or vector store moves
 
 logger = logging.getLogger(__name__)
@@ -84,7 +87,8 @@ class CudaLaunch(SlotLaunch):
         self._scales: tuple[object, ...] = ()  # empty: none in the parameter block
         params = self._params = _core.KernelParams()
         params.num_qo_heads, params.num_kv_heads = heads.num_qo_heads, heads.num_kv_heads
-        params.band = _core.Band(band.left, band.right, band.sink_prefix)
+        # Positions are below 2^30: wider bounds mean the same, and sums stay within 32 bits.
+        params.band = _core.Band(*(min(n, MAX_KV_LEN - 1) for n in vars(band).values()))
         params.plan = slot.plan.data_ptr()
         params.layout = slot.layout
         params.partial_o = slot.partial_o.data_ptr()
@@ -113,6 +117,10 @@ class CudaLaunch(SlotLaunch):
         params.kv = kv
         params.q, params.out = q_addr, out_addr
         params.lse = 0 if lse is None else lse.data_ptr()
+        if not scale > 0.0:
+            raise InvalidInput(
+                contract_message("scale", "a positive number on a GPU", scale, _FLIP_Q)
+            )
         params.scale = scale
         params.is_partial = call.partial
         if q_scale is not None or k_scale is not None or v_scale is not None or self._scales:

@@ -91,6 +91,32 @@ def test_rows_that_see_nothing(device: str) -> None:
     assert result.out[2].isfinite().all() and result.lse[2].isfinite().all()
 
 
+@pytest.mark.parametrize("num_ctas", [None, 64])
+@pytest.mark.parametrize("lengths", [((1, 500),), ((150, 400),)], ids=["decode", "prefill"])
+def test_nan_in_a_query_shows(
+    device: str, lengths: tuple[tuple[int, int], ...], num_ctas: int | None
+) -> None:
+    """In its own row alone, whichever CTA or warp meets it and whatever merges it."""
+    case = Case("nan", lengths, dtype=BF16)
+    problem = make_problem(case)
+    problem.q[0, 1, 3] = math.nan
+    result = run(case, problem, num_ctas, on(device))
+    assert result.out[0, 1].isnan().all() and result.lse[0, 1].isnan()
+    result.out[0, 1], result.lse[0, 1] = 0.0, 0.0
+    assert result.out.isfinite().all() and result.lse.isfinite().all()
+
+
+def test_a_band_wider_than_any_request(device: str) -> None:
+    wide, full = (
+        dataclasses.replace(Case("wide", ((70, 200), (1, 90)), dtype=BF16), band=band)
+        for band in (fi.Band(2**31 - 1, 2**31 - 1), fi.Band(-1, -1))
+    )
+    problem = make_problem(full)
+    expected = run(full, problem, place=on(device))
+    actual = run(wide, dataclasses.replace(problem, band=wide.band), place=on(device))
+    assert torch.equal(actual.out, expected.out) and torch.equal(actual.lse, expected.lse)
+
+
 REPEATED = [c for _, c in PAIRS if c.name in ("mixed-bf16", "decode-long", "window-sinks", "fp8")]
 
 

@@ -87,6 +87,15 @@ def test_the_parameter_block(launches: Launches) -> None:
     assert p.scale == 64**-0.5
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("nan")])
+def test_scales_that_masks_do_not_survive(launches: Launches, scale: float) -> None:
+    slot = make_slot()
+    plan(slot, make_batch())
+    with pytest.raises(fi.InvalidInput, match="scale: expected a positive number on a GPU, got"):
+        fi.attention(slot, make_q(), make_kv(), scale=scale)
+    assert not launches.calls
+
+
 def test_every_layer_and_step_brings_its_own_addresses(launches: Launches) -> None:
     slot = make_slot()
     plan(slot)

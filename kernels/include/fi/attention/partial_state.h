@@ -53,7 +53,7 @@ struct RowMerge {
   __device__ void add(float lse_log2, float4 o) {
     float keep = 1.0f, take = 1.0f;
     if constexpr (kSoftmax) {
-      const float new_top = fmaxf(top, lse_log2);
+      const float new_top = max_nan(top, lse_log2);  // a NaN state shows in the result
       if (new_top == neg_infinity()) return;
       keep = exp2_approx(top - new_top);
       take = exp2_approx(lse_log2 - new_top);
@@ -66,9 +66,11 @@ struct RowMerge {
 
   __device__ float inverse_sum() const {
     if constexpr (!kSoftmax) return 1.0f;
-    return sum > 0.0f ? reciprocal(sum) : 0.0f;
+    return sum == 0.0f ? 0.0f : reciprocal(sum);
   }
-  __device__ float lse_log2() const { return sum > 0.0f ? top + log2_approx(sum) : neg_infinity(); }
+  __device__ float lse_log2() const {
+    return sum == 0.0f ? neg_infinity() : top + log2_approx(sum);
+  }
 };
 
 // Adds `count` states to each of kPairs rows, in order: state i of pair j lies at row

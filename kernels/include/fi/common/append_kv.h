@@ -20,7 +20,7 @@ struct CacheRows {
   // Null: the token is skipped.
   __device__ Element* row(const AppendParams& p, int token, int head, int64_t slot) const {
     if (static_cast<uint64_t>(slot) >= static_cast<uint64_t>(p.num_slots)) return nullptr;
-    const int32_t page = divide(static_cast<int32_t>(slot), p.page_size);
+    const int32_t page = p.page_size.quotient(static_cast<int32_t>(slot));
     const int32_t offset = static_cast<int32_t>(slot) - page * p.page_size.value;
     return data + page * stride.page + offset * stride.token + head * stride.head;
   }
@@ -102,7 +102,7 @@ __device__ inline void append_rows(const AppendParams& p, int cta, const void* d
     const int row = (cta * p.passes + pass) * kRows + row_of_pass;
     l.token = -1;
     if (pass >= p.passes || row >= num_rows) continue;
-    l.token = divide(row, heads);
+    l.token = heads.quotient(row);
     l.head = row - l.token * heads.value;
     if constexpr (Target::kReadsSlots) l.slot = p.slots[l.token];
     if constexpr (R::kRotaryDim > 0) l.position = position_of(p.rope, l.token);

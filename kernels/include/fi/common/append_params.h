@@ -1,34 +1,15 @@
 // Arguments of append_kv, taken by the CPU engine and passed to the kernel as one
-// __grid_constant__. Host code fills them: no device functions here but the division.
+// __grid_constant__. Host code fills them: no device functions here.
 #pragma once
 
 #include "fi/attention/kv_cache.h"
+#include "fi/plan/divide.h"
 
 namespace fi {
 
 // Elements that a thread moves at a time: 16 bytes of a 16-bit type, one vector access.
 constexpr int32_t kChunk = 8;
 constexpr int32_t kAppendThreads = 256;
-// Division of 0 <= x < 2^31 by one multiplication (Granlund and Montgomery, 1994): for
-// 2^(s-1) < d <= 2^s and m = ceil(2^(31+s) / d), which is below 2^32, x / d = (x * m) >> (31 + s).
-// d = 12: s = 4, m = ceil(2^35 / 12) = 2863311531, 25 * m >> 35 = 2.
-struct Divisor {
-  uint32_t magic;
-  int32_t shift;
-  int32_t value;
-};
-
-FI_HOST_DEVICE constexpr Divisor make_divisor(int32_t value) {
-  int32_t log2 = 0;
-  while ((int64_t{1} << log2) < value) ++log2;
-  const uint64_t power = uint64_t{1} << (31 + log2);
-  return {static_cast<uint32_t>((power + value - 1) / value), 31 + log2, value};
-}
-
-FI_HOST_DEVICE constexpr int32_t divide(int32_t x, const Divisor& divisor) {
-  return static_cast<int32_t>((static_cast<uint64_t>(static_cast<uint32_t>(x)) * divisor.magic) >>
-                              divisor.shift);
-}
 
 // Elements between the tokens and between the heads of [tokens, heads, head_dim].
 struct TokenStrides {

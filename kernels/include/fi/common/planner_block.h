@@ -11,7 +11,7 @@ struct BlockMemory {
 
   alignas(16) char warps[2][kThreads / 32 * kMostBytes];
   int32_t marks[kThreads];
-  int32_t parameters;
+  int32_t parameters[32];
 };
 
 template <int32_t kThreads>
@@ -34,8 +34,9 @@ class CudaBlock {
   // where they are needed. The store keeps the compiler from dropping it.
   __device__ void await_parameters(const PlanKernelParams& p) const {
     constexpr int32_t kLine = 64 / sizeof(int32_t), kLines = (sizeof(p) + 63) / 64;
-    const int32_t line = min_i32(thread() % 32, kLines - 1);
-    memory_->parameters = reinterpret_cast<const int32_t*>(&p)[line * kLine];
+    static_assert(kLines <= 32);
+    if (thread() >= kLines) return;
+    memory_->parameters[thread()] = reinterpret_cast<const int32_t*>(&p)[thread() * kLine];
   }
 
   // Value of the last marked lane before this one; unspecified if there is none. For whole warps.

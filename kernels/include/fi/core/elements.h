@@ -22,7 +22,7 @@ struct ElementOps<__nv_bfloat16> {
 
   // Two e4m3 values in bits 15..8 and 31..24 of `bytes`. e4m3 is sign, 4 exponent and 3 mantissa
   // bits with bias 7; shifted into place they read as a bf16 2^120 too small, denormals included.
-  // The cache holds saturated values, never the NaN pattern, which would come out as 480.
+  // A NaN of the cache comes out as 480.
   static __device__ uint32_t widen_e4m3(uint32_t bytes) {
     const uint32_t bits = (bytes & 0x80008000) | ((bytes >> 4) & 0x07f007f0);
     uint32_t pair;

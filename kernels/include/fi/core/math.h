@@ -31,4 +31,11 @@ __device__ inline float reciprocal(float x) {
   return y;
 }
 
+// The larger of two; NaN if either is. PTX ISA 9.7.3.12.
+__device__ inline float max_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
 }  // namespace fi

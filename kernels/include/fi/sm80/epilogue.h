@@ -111,8 +111,8 @@ __device__ inline RowSum finish_row(float row_max, float row_sum) {
   if constexpr (!V::kSoftmax) return {1.0f, 0.0f};
   row_sum += __shfl_xor_sync(0xffffffff, row_sum, 1);
   row_sum += __shfl_xor_sync(0xffffffff, row_sum, 2);
-  if (!(row_sum > 0.0f)) return {row_sum == row_sum ? 0.0f : row_sum, neg_infinity()};
-  return {reciprocal(row_sum), row_max + log2_approx(row_sum)};
+  if (row_sum == 0.0f) return {0.0f, neg_infinity()};
+  return {reciprocal(row_sum), row_max + log2_approx(row_sum)};  // NaN stays NaN
 }
 
 // Warps that split rows only: each holds whole rows in registers.

@@ -53,6 +53,9 @@ class WarpLoop {
   static constexpr int kColBlocks = kStepCols<S, V, T> / 8;  // n8 blocks of logits
   static constexpr int kStepsQk = S::kHeadDimQk / 16;
   using Logits = float[T::kRowBlocks][kColBlocks][4];
+  // What a maximum grows before the state is rescaled (base 2), unless it always is.
+  static constexpr float kSlack = 8.0f;
+  static constexpr bool kAlways = T::kWarpsN > 1;  // few products, nothing to spare
 
  public:
   __device__ WarpLoop(const KernelParams& p, const CurrentItem& current, const VariantRow* rows)
@@ -232,8 +235,6 @@ class WarpLoop {
   // types hold as exactly as values below 1, and most tiles are spared a pass over o (the idea of
   // FlashAttention-4).
   __device__ void online_softmax(Logits& s, WarpState<S, T>& state) const {
-    constexpr float kSlack = 8.0f;
-    constexpr bool kAlways = T::kWarpsN > 1;  // few products, nothing to spare
     const float scale_log2 = (V::kFoldsScale ? current_.scale : 1.0f) * kLog2E;
     float top[T::kRowBlocks][2];
     bool grows = false;
@@ -283,8 +284,11 @@ class WarpLoop {
     for (int b = 0; b < T::kRowBlocks; ++b) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float new_max = fmaxf(state.row_max[b][half], top[b][half]);
-        const float shrink = exp2_approx(state.row_max[b][half] - finite_or_zero(new_max));
+        const float old_max = state.row_max[b][half];
+        // A row's bits do not depend on whether its neighbours grew.
+        const bool grows = kAlways || top[b][half] > old_max + kSlack;
+        const float new_max = grows ? fmaxf(old_max, top[b][half]) : old_max;
+        const float shrink = exp2_approx(old_max - finite_or_zero(new_max));
         state.row_max[b][half] = new_max;
         state.row_sum[b][half] *= shrink;
 #pragma unroll
