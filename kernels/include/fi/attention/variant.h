@@ -1,10 +1,9 @@
-// A variant inside a GPU kernel: the types that the JIT's generated line names, and what a printed
-// function sees of the element it is applied to.
+// A variant inside a GPU kernel: the types that the JIT's generated line names.
 #pragma once
 
+#include "fi/attention/element_context.h"
 #include "fi/attention/interval.h"
 #include "fi/attention/kernel_params.h"
-#include "fi/attention/variant_math.h"
 #include "fi/core/math.h"
 
 namespace fi {
@@ -35,60 +34,11 @@ struct Variant {
   static constexpr bool kFoldsScale = kSoftmax && !kHasLogits;
 };
 
-namespace variants {
-
-// Answers a printed function for one element. Rows lie in shared memory, so that what a function
-// does not ask for costs nothing.
-struct DeviceContext {
-  const VariantRow& row;
-  const VariantParam* params;
-  int32_t group_head;  // KV head of the tile
-  int32_t column;      // KV position, or component of the head dimension
-  float value;         // logit, or output
-
-  FI_VARIANT_FN float logit() const { return value; }
-  FI_VARIANT_FN float out() const { return value; }
-  FI_VARIANT_FN int32_t kv_pos() const { return column; }
-  FI_VARIANT_FN int32_t dim() const { return column; }
-  FI_VARIANT_FN int32_t q_pos() const { return row.q_pos; }
-  FI_VARIANT_FN int32_t q_len() const { return row.q_len; }
-  FI_VARIANT_FN int32_t kv_len() const { return row.kv_len; }
-  FI_VARIANT_FN int32_t q_head() const { return row.q_head; }
-  FI_VARIANT_FN int32_t kv_head() const { return group_head; }
-  FI_VARIANT_FN int32_t token() const { return row.token; }
-  FI_VARIANT_FN int32_t request() const { return row.request; }
-
-  template <class T>
-  FI_VARIANT_FN T scalar(int32_t index) const {
-    return static_cast<T>(params[index].scalar);
-  }
-
-  // 0 where the surrounding `and`, `or`, `if` or where() does not ask for the element, which may
-  // then lie outside the tensor.
-  template <class T, class... Indices>
-  FI_VARIANT_FN auto load(int32_t index, bool wanted, Indices... at) const {
-    const VariantParam& param = params[index];
-    int64_t offset = 0;
-    int32_t axis = 0;
-    ((offset += at * param.strides[axis++]), ...);
-    return widen(wanted ? static_cast<const T*>(param.data)[offset] : T{0});
-  }
-
-  FI_VARIANT_FN static float widen(float x) { return x; }
-  FI_VARIANT_FN static bool widen(bool x) { return x; }
-  template <class T>
-  FI_VARIANT_FN static int32_t widen(T x) {
-    return static_cast<int32_t>(x);
-  }
-};
-
-}  // namespace variants
-
 template <class... Bounds>
 __device__ inline float apply_all(Functions<Bounds...>, const KernelParams& p,
                                   const VariantRow& row, int kv_head, int column, float x) {
   ((x = Bounds::Fn::apply(
-        variants::DeviceContext{row, p.variant_params + Bounds::kFirstParam, kv_head, column, x})),
+        variants::ElementContext{row, p.variant_params + Bounds::kFirstParam, kv_head, column, x})),
    ...);
   return x;
 }
@@ -98,7 +48,7 @@ __device__ inline bool all_visible(Functions<Bounds...>, const KernelParams& p,
                                    const VariantRow& row, int kv_head, int column, float x) {
   bool visible = true;
   ((visible &= Bounds::Fn::apply(
-        variants::DeviceContext{row, p.variant_params + Bounds::kFirstParam, kv_head, column, x})),
+        variants::ElementContext{row, p.variant_params + Bounds::kFirstParam, kv_head, column, x})),
    ...);
   return visible;
 }
