@@ -20,8 +20,8 @@ struct TileRow {
 // Of equal `rows` the first that fits is taken.
 constexpr TileRow kSm80Tiles[] = {
     // Decode: bound by memory. Three CTAs a SM hide each other's softmax.
-    {64, 16, 128, 2, 4, 3, 290, 190},  // 168 registers, 77 KB
-    {128, 16, 64, 2, 4, 3, 290, 190},  // 168 registers, 76 KB
+    {64, 16, 128, 2, 4, 3, 290, 190},  // at most 168 registers, 77 KB
+    {128, 16, 64, 2, 4, 3, 290, 190},  // at most 168 registers, 76 KB
     {192, 16, 64, 2, 4, 2, 290, 230},  // shared memory: 95 KB
     {256, 16, 64, 3, 4, 1, 290, 190},  // shared memory: 214 KB
     // Chunks, and verification of many tokens: a warp holds 16 rows.

@@ -1,0 +1,143 @@
+// What the passes of the device planner (planner.h) are made of: searches, sums that scans carry,
+// and places in the plan.
+#pragma once
+
+#include "fi/common/planner_params.h"
+
+// Loops of few rounds: unrolled, they would only fill the instruction cache.
+#if defined(__CUDACC__)
+#define FI_ROLLED _Pragma("unroll 1")
+#else
+#define FI_ROLLED
+#endif
+
+namespace fi::planner {
+
+// Last index in [low, high) whose value is at most `limit`; values ascend, the first one is and
+// value(high) is not. Three probes a round hide each other's latency: half the rounds of a binary
+// search.
+template <class Value>
+FI_HOST_DEVICE int32_t last_at_most(int32_t low, int32_t high, int64_t limit, const Value& value) {
+  while (high - low > 1) {
+    const int32_t quarter = (high - low + 3) >> 2;
+    int32_t passed = 0;
+    for (int32_t i = 1; i < 4; ++i) passed += value(min_i32(low + i * quarter, high)) <= limit;
+    low += passed * quarter;
+    high = min_i32(low + quarter, high);
+  }
+  return low;
+}
+
+// The same where the answer is near `low`: steps from there grow fourfold.
+template <class Value>
+FI_HOST_DEVICE int32_t last_at_most_near(int32_t low, int32_t high, int64_t limit,
+                                         const Value& value) {
+  int32_t step = 1;
+  while (low + step < high && value(low + step) <= limit) {
+    low += step;
+    step *= 4;
+  }
+  return last_at_most(low, min_i32(low + step, high), limit, value);
+}
+
+struct alignas(16) Quad {
+  int32_t x, y, z, w;
+};
+
+FI_HOST_DEVICE inline void store_16(void* to, int32_t x, int32_t y, int32_t z, int32_t w) {
+  *static_cast<Quad*>(to) = {x, y, z, w};
+}
+
+// Consecutive entries of one thread, `to` on a multiple of them: 16 bytes at a time where there are
+// four, which neighbours do without bank conflicts.
+template <class T, int32_t kCount>
+FI_HOST_DEVICE void store_run(T* to, const T (&values)[kCount]) {
+  constexpr int32_t kQuad = 16 / sizeof(T);
+  struct alignas(kCount % kQuad == 0 ? 16 : sizeof(T)) Part {
+    T values[kCount % kQuad == 0 ? kQuad : 1];
+  };
+  constexpr int32_t kPart = sizeof(Part) / sizeof(T);
+  for (int32_t i = 0; i < kCount; i += kPart) {
+    Part part;
+    for (int32_t j = 0; j < kPart; ++j) part.values[j] = values[i + j];
+    *reinterpret_cast<Part*>(to + i) = part;
+  }
+}
+
+// What is summed over row tiles. mapped(): each member through a function.
+template <bool kInvariant>
+struct TileSums {
+  int64_t cost = 0;
+  int32_t tiles = 0;
+
+  FI_HOST_DEVICE void add_pieces(int32_t, int32_t) {}
+  template <class Map>
+  FI_HOST_DEVICE TileSums mapped(const Map& map) const {
+    return {map(cost), map(tiles)};
+  }
+  FI_HOST_DEVICE void operator+=(const TileSums& other) {
+    cost += other.cost;
+    tiles += other.tiles;
+  }
+};
+
+template <>
+struct TileSums<true> {
+  int64_t cost = 0;
+  int64_t pieces = 0;  // items << 32 | partial rows
+  int32_t tiles = 0;
+
+  FI_HOST_DEVICE void add_pieces(int32_t items, int32_t num_rows) {
+    pieces += (static_cast<int64_t>(items) << 32) | (items > 1 ? items * num_rows : 0);
+  }
+  template <class Map>
+  FI_HOST_DEVICE TileSums mapped(const Map& map) const {
+    return {map(cost), map(pieces), map(tiles)};
+  }
+  FI_HOST_DEVICE void operator+=(const TileSums& other) {
+    cost += other.cost;
+    pieces += other.pieces;
+    tiles += other.tiles;
+  }
+};
+
+// What is summed over spans.
+struct SpanSums {
+  int32_t items = 0;
+  int32_t rows = 0;  // partial ones
+
+  template <class Map>
+  FI_HOST_DEVICE SpanSums mapped(const Map& map) const {
+    return {map(items), map(rows)};
+  }
+  FI_HOST_DEVICE void operator+=(const SpanSums& other) {
+    items += other.items;
+    rows += other.rows;
+  }
+};
+
+// A "sum" that is a maximum, of numbers from 0 on.
+struct Latest {
+  int32_t token = 0;
+
+  template <class Map>
+  FI_HOST_DEVICE Latest mapped(const Map& map) const {
+    return {map(token)};
+  }
+  FI_HOST_DEVICE void operator+=(const Latest& other) { token = max_i32(token, other.token); }
+};
+
+// A row tile of one KV head. `tile` counts as in Scratch.
+struct Place {
+  int32_t request, head, tile;
+};
+
+// One work item to be: KV steps [step_begin, step_end) of a row tile; step_end -1: to its end.
+struct Piece {
+  Place place;
+  int32_t step_begin, step_end;
+  int32_t partial_row;  // -1: the whole tile
+  int32_t num_splits;   // pieces of the tile; known to its first piece
+};
+
+}  // namespace fi::planner
