@@ -29,12 +29,12 @@ _MIN_THREADS, _MAX_THREADS = 128, 512
 # Requests that a thread takes in one round, where there are more of them than threads.
 _MOST_PER_THREAD = 4
 
-# threads, requests of each, scratch in shared memory, batch-invariant mode
+# threads, scratch in shared memory, Mode of planner_params.h
 SOURCE = """#include "fi/common/planner_block.h"
 
 extern "C" __global__ void __launch_bounds__({threads})
 fi_plan(const __grid_constant__ fi::PlanKernelParams p) {{
-  fi::planner::run<{threads}, {per_thread}, {in_shared}, {is_invariant}>(p);
+  fi::planner::run<{threads}, {in_shared}, fi::planner::Mode{{{mode}}}>(p);
 }}
 """
 
@@ -62,7 +62,7 @@ class PlanKernel:
         self._params = _core.PlanKernelParams(config, layout)
         self._threads, _ = _shape(self._params, layout)
         ctas = -(-layout.max_items // _ITEMS_PER_CTA)
-        self._grid = max(1, min(ctas, _core.device_info(self._kernel.device).num_sms))
+        self._grid = _power_of_two(min(ctas, _core.device_info(self._kernel.device).num_sms))
         self._scratch: Tensor | None = None
         num_bytes = scratch_bytes(config, layout)
         if num_bytes > 0:
@@ -83,15 +83,14 @@ class PlanKernel:
         scratch = params.scratch_bytes
         in_shared = scratch <= MAX_SHARED_BYTES
         mode = ", batch-invariant" if params.is_invariant else ""
+        mode += "" if params.is_invariant or params.from_start else ", window"
+        mode += "" if params.is_invariant or params.is_narrow else ", 64-bit costs"
         place = "" if in_shared else ", scratch in global memory"
         return DeviceKernel(
             title=f"planner, {threads} threads of {per_thread}{mode}{place}",
             entry="fi_plan",
             source=SOURCE.format(
-                threads=threads,
-                per_thread=per_thread,
-                in_shared=str(in_shared).lower(),
-                is_invariant=str(params.is_invariant).lower(),
+                threads=threads, in_shared=_literal(in_shared), mode=_mode(params, per_thread)
             ),
             shared_bytes=scratch if in_shared else 0,
         )
@@ -140,3 +139,18 @@ def _shape(params: _core.PlanKernelParams, layout: _core.PlanLayout) -> tuple[in
     wanted = max(layout.num_ctas + 1, -(-params.max_requests // most), _MIN_THREADS)
     threads = min(-(-wanted // _WARP) * _WARP, _MAX_THREADS)
     return threads, 1 if params.max_requests <= threads else most
+
+
+def _mode(params: _core.PlanKernelParams, per_thread: int) -> str:
+    """Return the initialiser of a Mode."""
+    flags = (params.is_invariant, params.from_start, params.is_narrow)
+    return ", ".join([str(per_thread), str(params.num_classes), *map(_literal, flags)])
+
+
+def _literal(flag: bool) -> str:
+    return "true" if flag else "false"
+
+
+def _power_of_two(most: int) -> int:
+    """Return the largest one up to `most`, 1 at least: the kernel divides by its CTAs."""
+    return 1 << max(most, 1).bit_length() - 1

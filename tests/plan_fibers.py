@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import shlex
+import struct
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -36,8 +37,10 @@ class Launch(NamedTuple):
 SOURCE = r"""
 #include <ucontext.h>
 
+#include <algorithm>
 #include <any>
 #include <functional>
+#include <numeric>
 #include <vector>
 
 #include "fi/common/planner.h"
@@ -46,26 +49,41 @@ namespace {
 
 constexpr std::size_t kStackBytes = 64 << 10;
 
+enum State : char { kRunning, kAtWarpBarrier, kAtBarrier, kFinished };
+
 struct Fibers {
-  int count, current = 0;
+  int count, warp, current = 0;
   bool is_descending, has_failed = false;
   std::function<void(int)> body;
   std::vector<ucontext_t> contexts;
-  std::vector<char> stacks, finished;
+  std::vector<char> stacks;
+  std::vector<State> states;
   ucontext_t scheduler;
 
   static Fibers* self;
   static void enter() {
     self->body(self->current);
-    self->finished[self->current] = true;
+    self->states[self->current] = kFinished;
   }
 
-  void yield() { swapcontext(&contexts[current], &scheduler); }
+  void wait(State state) {
+    states[current] = state;
+    swapcontext(&contexts[current], &scheduler);
+  }
+
+  // Lets fibers [first, last) go on if all of them wait there.
+  bool release(int first, int last, State state) {
+    for (int t = first; t < last; ++t) {
+      if (states[t] != state) return false;
+    }
+    for (int t = first; t < last; ++t) states[t] = kRunning;
+    return true;
+  }
 
   void run() {
     self = this;
     contexts.resize(count);
-    finished.assign(count, false);
+    states.assign(count, kRunning);
     stacks.resize(count * kStackBytes);
     for (int t = 0; t < count; ++t) {
       getcontext(&contexts[t]);
@@ -74,14 +92,18 @@ struct Fibers {
       contexts[t].uc_link = &scheduler;
       makecontext(&contexts[t], &enter, 0);
     }
-    for (int num_finished = 0; num_finished < count && !has_failed;) {
-      num_finished = 0;
+    while (true) {
       for (int i = 0; i < count; ++i) {
         current = is_descending ? count - 1 - i : i;
-        swapcontext(&scheduler, &contexts[current]);
-        num_finished += finished[current];
+        if (states[current] == kRunning) swapcontext(&scheduler, &contexts[current]);
       }
-      has_failed = num_finished != 0 && num_finished != count;
+      bool goes_on = false;
+      for (int t = 0; t < count; t += warp) {
+        goes_on |= release(t, std::min(t + warp, count), kAtWarpBarrier);
+      }
+      if (goes_on || release(0, count, kAtBarrier)) continue;
+      has_failed = !release(0, count, kFinished);
+      return;
     }
   }
 };
@@ -89,7 +111,7 @@ Fibers* Fibers::self;
 
 struct CtaMemory {
   std::vector<std::any> values[2];
-  std::vector<int32_t> bits[2], marks;
+  std::vector<int32_t> bits[2], lanes[2], marks;
 };
 
 class FiberBlock {
@@ -103,18 +125,40 @@ class FiberBlock {
   int32_t num_threads() const { return fibers_.count; }
   int32_t cta() const { return cta_; }
   int32_t num_ctas() const { return num_ctas_; }
-  void sync() const { fibers_.yield(); }
+  int32_t times_ctas(int32_t n) const { return n * num_ctas_; }
+  int32_t over_ctas(int32_t n) const { return n / num_ctas_; }
+  void sync() const { fibers_.wait(kAtBarrier); }
   int32_t* marks() const { return memory_.marks.data(); }
-  void await_parameters(const fi::PlanKernelParams&) const {}
 
-  // All threads of the CTA call it, as all of a warp must.
-  int32_t last_before(bool is_marked, int32_t value) {
-    auto& values = memory_.bits[turn_];
-    turn_ ^= 1;
-    values[thread_] = is_marked ? value : kUnmarked;
+  template <int32_t kParamBytes>
+  void prepare(const fi::PlanKernelParams&) const {
+    memory_.marks[thread_] = -1;
     sync();
-    for (int32_t t = thread_ - 1; t >= thread_ / kWarp * kWarp; --t) {
-      if (values[t] != kUnmarked) return values[t];
+  }
+
+  uint32_t ballot(bool is_set) {
+    const int32_t* lanes = gather(is_set);
+    uint32_t result = 0;
+    for (int32_t t = 0; t < num_lanes(); ++t) result |= lanes[t] << t;
+    return result;
+  }
+
+  int32_t shuffle(int32_t value, int32_t from) { return gather(value)[from]; }
+
+  uint32_t warp_sum(uint32_t value) {
+    const int32_t* lanes = gather(static_cast<int32_t>(value));
+    return std::accumulate(lanes, lanes + num_lanes(), 0u);
+  }
+
+  uint32_t warp_scan(uint32_t value) {
+    const int32_t* lanes = gather(static_cast<int32_t>(value));
+    return std::accumulate(lanes, lanes + thread_ % num_lanes() + 1, 0u);
+  }
+
+  int32_t last_before(bool is_marked, int32_t value) {
+    const int32_t* lanes = gather(is_marked ? value : kUnmarked);
+    for (int32_t t = thread_ % num_lanes() - 1; t >= 0; --t) {
+      if (lanes[t] != kUnmarked) return lanes[t];
     }
     return 0x7bcdef;
   }
@@ -140,44 +184,68 @@ class FiberBlock {
  private:
   static constexpr int32_t kUnmarked = -0x7bcdef;
 
+  int32_t num_lanes() const { return std::min(kWarp, fibers_.count); }
+
+  // The values of all lanes, which call it together.
+  const int32_t* gather(int32_t value) {
+    auto& lanes = memory_.lanes[lanes_turn_];
+    lanes_turn_ ^= 1;
+    lanes[thread_] = value;
+    fibers_.wait(kAtWarpBarrier);
+    return &lanes[thread_ / num_lanes() * num_lanes()];
+  }
+
   Fibers& fibers_;
   CtaMemory& memory_;
-  int32_t thread_, cta_, num_ctas_, turn_ = 0;
+  int32_t thread_, cta_, num_ctas_, turn_ = 0, lanes_turn_ = 0;
 };
 
 }  // namespace
 
-template <int kPerThread>
-void plan(const fi::PlanKernelParams& params, const fi::planner::Scratch& scratch,
-          FiberBlock& block) {
-  using fi::planner::StepPlanner;
-  if (params.tiling.chunk.value > 0) {
-    StepPlanner<FiberBlock, true, kPerThread>(params, scratch, block).run();
-  } else {
-    StepPlanner<FiberBlock, false, kPerThread>(params, scratch, block).run();
+using fi::planner::Mode;
+
+template <Mode kMode>
+void plan(const fi::PlanKernelParams& params, void* scratch, FiberBlock& block) {
+  using Cost = typename fi::planner::CostType<kMode>::Type;
+  const auto at =
+      fi::planner::scratch_at<Cost>(params.scratch_layout, static_cast<char*>(scratch));
+  fi::planner::StepPlanner<FiberBlock, kMode>(params, at, block).run();
+}
+
+template <int32_t kPerThread, int32_t kClasses>
+auto find_plan(const Mode& mode) {
+  if (mode.is_invariant) return &plan<Mode{kPerThread, kClasses, true, false, false}>;
+  if (mode.from_start && mode.is_narrow) {
+    return &plan<Mode{kPerThread, kClasses, false, true, true}>;
   }
+  if (mode.from_start) return &plan<Mode{kPerThread, kClasses, false, true, false}>;
+  if (mode.is_narrow) return &plan<Mode{kPerThread, kClasses, false, false, true}>;
+  return &plan<Mode{kPerThread, kClasses, false, false, false}>;
+}
+
+template <int32_t kPerThread>
+auto find_plan(const Mode& mode) {
+  if (mode.num_classes == 1) return find_plan<kPerThread, 1>(mode);
+  if (mode.num_classes == 2) return find_plan<kPerThread, 2>(mode);
+  return find_plan<kPerThread, 3>(mode);
 }
 
 // False if a barrier was not reached by all threads.
 extern "C" bool run_planner(const fi::PlanKernelParams* params, int num_ctas, int num_threads,
-                            int per_thread, bool is_descending) {
+                            bool is_descending, const Mode* mode) {
   const int64_t bytes = params->scratch_layout.total_bytes;
+  const auto run = mode->per_thread == 1 ? find_plan<1>(*mode) : find_plan<4>(*mode);
   for (int cta = 0; cta < num_ctas; ++cta) {
     std::vector<int64_t> garbage(bytes / 8, 0x7bcdefabcdefabcd);
     CtaMemory memory;
     for (auto& values : memory.values) values.resize(num_threads);
     for (auto& bits : memory.bits) bits.resize(num_threads);
+    for (auto& lanes : memory.lanes) lanes.resize(num_threads);
     memory.marks.assign(num_threads, 0x7bcdef);
-    Fibers fibers{num_threads, 0, is_descending};
+    Fibers fibers{num_threads, std::min(num_threads, FiberBlock::kWarp), 0, is_descending};
     fibers.body = [&](int thread) {
       FiberBlock block(fibers, memory, thread, cta, num_ctas);
-      const fi::planner::Scratch scratch = fi::planner::scratch_at(
-          params->scratch_layout, reinterpret_cast<char*>(garbage.data()));
-      if (per_thread == 1) {
-        plan<1>(*params, scratch, block);
-      } else {
-        plan<4>(*params, scratch, block);
-      }
+      run(*params, garbage.data(), block);
     };
     fibers.run();
     if (fibers.has_failed) return false;
@@ -186,6 +254,11 @@ extern "C" bool run_planner(const fi::PlanKernelParams* params, int num_ctas, in
 }
 
 extern "C" int quotient_of(int64_t a, int64_t b) { return fi::quotient_of(a, b); }
+extern "C" int small_quotient(unsigned a, int factor, int rest, int b, unsigned* left) {
+  const fi::Quotient32 out = fi::small_quotient(a, factor, rest, b);
+  *left = out.remainder;
+  return out.quotient;
+}
 extern "C" int divisor_quotient(int n, int d) { return fi::make_divisor(d).quotient(n); }
 extern "C" int64_t long_quotient(int64_t n, int d, int* rest) {
   const fi::Quotient64 out = fi::make_long_divisor(d).divide(n);
@@ -204,6 +277,7 @@ def build(folder: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(folder / "planner.so"))
     library.run_planner.restype = ctypes.c_bool
     library.quotient_of.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    library.small_quotient.argtypes = [ctypes.c_uint, *[ctypes.c_int] * 3, ctypes.c_void_p]
     library.long_quotient.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.c_void_p]
     library.long_quotient.restype = ctypes.c_int64
     return library
@@ -243,5 +317,9 @@ def run_params(
     launch: Launch,
 ) -> None:
     """Run what a launch with these parameters would run."""
-    met = library.run_planner(bytes(params), *launch)
+    flags = (params.is_invariant, params.from_start, params.is_narrow)
+    mode = struct.pack("ii???x", launch.per_thread, params.num_classes, *flags)
+    met = library.run_planner(
+        bytes(params), launch.num_ctas, launch.num_threads, launch.is_descending, mode
+    )
     assert met, "a barrier was reached by some threads only"

@@ -1,4 +1,6 @@
 // The planner kernel: its parameter block and its launch.
+#include <algorithm>
+
 #include "bindings/address.h"
 #include "bindings/bind.h"
 #include "fi/common/planner_params.h"
@@ -9,6 +11,23 @@ namespace py = pybind11;
 
 namespace fi {
 namespace {
+
+// Row tiles see KV from position 0 and are cut anywhere.
+bool sees_from_start(const PlanKernelParams& p) {
+  return p.tiling.chunk.value == 0 && p.tiling.band.left < 0;
+}
+
+// True if a KV head's row tiles cost less than 2^31 together in any step within capacity.
+bool is_narrow(const PlanKernelParams& p) {
+  if (p.tiling.chunk.value > 0) return false;
+  int64_t most = 0;
+  for (int32_t c = 0; c < p.tiling.num_classes; ++c) {
+    const TileClass& tc = p.tiling.classes[c];
+    const int64_t tiles = (int64_t{p.max_kv_len} + tc.kv_tile - 1) / tc.kv_tile;
+    most = std::max(most, tc.c_fixed + tc.c_tile * tiles);
+  }
+  return most * p.max_row_tiles < int64_t{1} << 31;
+}
 
 // Here, once: in the kernel these additions would delay its first load.
 planner::ScratchLayout make_scratch_layout(const PlanKernelParams& p) {
@@ -21,7 +40,7 @@ planner::ScratchLayout make_scratch_layout(const PlanKernelParams& p) {
   };
   const int64_t num_cuts = p.num_ctas.value + 1, num_costs = p.max_row_tiles + 1;
   layout.cuts = place(num_cuts, sizeof(planner::Cut));
-  layout.cost = place(num_costs, sizeof(int64_t));
+  layout.cost = place(num_costs, is_narrow(p) ? sizeof(uint32_t) : sizeof(int64_t));
   layout.pieces = place(p.tiling.chunk.value > 0 ? num_costs : 0, sizeof(int64_t));
   layout.tile_request = place(p.max_row_tiles, sizeof(int32_t));
   layout.tile_begin = place(p.max_requests + 1, sizeof(int32_t));
@@ -45,10 +64,11 @@ PlanKernelParams make_params(const host::PlanConfig& config, const PlanLayout& l
   params.layout = layout;
   params.num_kv_heads = make_divisor(config.num_kv_heads);
   params.num_ctas = make_divisor(config.num_ctas);
-  params.long_kv_heads = make_long_divisor(config.num_kv_heads);
-  params.long_ctas = make_long_divisor(config.num_ctas);
+  params.wide.num_ctas = make_long_divisor(config.num_ctas);
   for (int32_t c = 0; c < params.tiling.num_classes; ++c) {
-    params.c_tile[c] = make_long_divisor(max_i32(1, params.tiling.classes[c].c_tile));
+    const int32_t c_tile = max_i32(1, params.tiling.classes[c].c_tile);
+    params.c_tile[c] = make_divisor(c_tile);
+    params.wide.c_tile[c] = make_long_divisor(c_tile);
   }
   params.max_requests = config.capacity.max_requests;
   params.max_tokens = config.capacity.max_tokens;
@@ -79,6 +99,10 @@ void bind_plan_kernel(py::module_& m) {
       .def_readonly("max_row_tiles", &PlanKernelParams::max_row_tiles)
       .def_property_readonly(
           "is_invariant", [](const PlanKernelParams& self) { return self.tiling.chunk.value > 0; })
+      .def_property_readonly(
+          "num_classes", [](const PlanKernelParams& self) { return self.tiling.num_classes; })
+      .def_property_readonly("from_start", &sees_from_start)
+      .def_property_readonly("is_narrow", &is_narrow)
       .def_property_readonly(
           "scratch_bytes",
           [](const PlanKernelParams& self) { return self.scratch_layout.total_bytes; })

@@ -29,6 +29,7 @@ LAUNCHES = [
     Launch(40, 128, 4, is_descending=True),
     Launch(1, 512, 1),
 ]
+DECODE_CLASS = [(16, 64, 40, 190)]
 DECODES = PlanCase(
     "1024 decodes",
     heads=(32, 8),
@@ -68,6 +69,23 @@ def test_division_of_64_bits_is_exact(fibers: ctypes.CDLL) -> None:
         n = draw.choice([2**63 - 1, 2**62 // d * d - 1, draw.randrange(2 ** draw.randrange(1, 64))])
         rest = ctypes.c_int()
         assert (fibers.long_quotient(n, d, ctypes.byref(rest)), rest.value) == divmod(n, d)
+
+
+def test_small_quotients_are_exact(fibers: ctypes.CDLL) -> None:
+    draw = Random(2)
+    rest = ctypes.c_uint()
+    for _ in range(5000):
+        b = draw.choice([1, 2, 3, 190, 2**30, 2**31 - 1, draw.randrange(1, 2**31)])
+        factor = draw.choice([1, 2, 8, 64, 128, draw.randrange(1, 2**16)])
+        most = min(b, 2**31) - 1  # a < b: the quotient is below the factor
+        a = draw.choice([0, most, most // 2, draw.randrange(most + 1)])
+        part = draw.choice([0, factor - 1, draw.randrange(factor)])
+        got = fibers.small_quotient(a, factor, part, b, ctypes.byref(rest))
+        assert (got, rest.value) == divmod(a * factor + part, b), (a, factor, part, b)
+        a = min(draw.randrange(2**16) * b + draw.choice([0, b - 1]), 2**31 - 1)
+        if a // b < 2**16:
+            got = fibers.small_quotient(a, 1, 0, b, ctypes.byref(rest))
+            assert (got, rest.value) == divmod(a, b), (a, b)
 
 
 @pytest.mark.parametrize("launch", LAUNCHES, ids=str)
@@ -208,46 +226,55 @@ def with_capacity(requests: int, tokens: int) -> PlanCase:
 @pytest.mark.parametrize(
     ("case", "shape"),
     [
-        (with_capacity(64, 64), "288, 1"),
-        (with_capacity(1024, 16_384), "288, 4"),
-        (dataclasses.replace(with_capacity(1024, 8192), num_ctas=132), "256, 4"),
-        (dataclasses.replace(with_capacity(8, 64), num_ctas=78), "128, 1"),
+        (with_capacity(64, 64), "288, true, fi::planner::Mode{1, 2, false, true, true}"),
+        (with_capacity(1024, 8192), "288, true, fi::planner::Mode{4, 2, false, true, false}"),
+        (
+            dataclasses.replace(with_capacity(1024, 8192), num_ctas=132, classes=DECODE_CLASS),
+            "256, true, fi::planner::Mode{4, 1, false, true, true}",
+        ),
+        (
+            dataclasses.replace(with_capacity(8, 64), num_ctas=78, band=(4095, 0, 4)),
+            "128, true, fi::planner::Mode{1, 2, false, false, true}",
+        ),
+        (
+            dataclasses.replace(with_capacity(8, 64), chunk=512),
+            "288, true, fi::planner::Mode{1, 2, true, false, false}",
+        ),
     ],
 )
 def test_usual_capacities_plan_in_shared_memory(case: PlanCase, shape: str) -> None:
     config = case.config()
     kernel = PlanKernel.device_kernel(config, config.layout())
-    assert f"fi::planner::run<{shape}, true, false>" in kernel.source
+    assert f"fi::planner::run<{shape}>" in kernel.source
     assert 0 < kernel.shared_bytes <= MAX_SHARED_BYTES
 
 
 def test_a_huge_capacity_plans_in_global_memory() -> None:
     config = with_capacity(1024, 1 << 20).config()
     kernel = PlanKernel.device_kernel(config, config.layout())
-    assert "fi::planner::run<288, 4, false, false>" in kernel.source
+    assert "run<288, false, fi::planner::Mode{4, 2, false, true, false}>" in kernel.source
     assert kernel.shared_bytes == 0
     assert scratch_bytes(config, config.layout()) > 16 * MAX_SHARED_BYTES
     assert scratch_bytes(DECODES.config(), DECODES.config().layout()) == 0
 
 
 @pytest.mark.parametrize(
-    ("arch", "threads", "per_thread", "in_shared", "is_invariant"),
+    ("arch", "threads", "in_shared", "mode"),
     [
-        ("sm_90a", 128, 1, "true", "false"),
-        ("sm_90a", 288, 4, "true", "false"),
-        ("sm_90a", 512, 4, "false", "false"),
-        ("sm_90a", 512, 1, "true", "true"),
-        ("sm_80", 512, 1, "false", "true"),
-        ("sm_80", 512, 4, "true", "false"),
-        ("sm_120a", 288, 4, "true", "false"),
+        ("sm_90a", 128, "true", "1, 1, false, true, true"),
+        ("sm_90a", 416, "true", "4, 1, false, true, true"),
+        ("sm_90a", 288, "true", "4, 3, false, true, true"),
+        ("sm_90a", 512, "false", "4, 4, false, false, true"),
+        ("sm_90a", 512, "false", "4, 3, false, true, false"),
+        ("sm_90a", 512, "true", "4, 3, false, false, false"),
+        ("sm_90a", 512, "true", "1, 3, true, false, false"),
+        ("sm_80", 512, "false", "1, 3, true, false, false"),
+        ("sm_80", 512, "true", "4, 3, false, true, true"),
+        ("sm_120a", 288, "true", "4, 3, false, false, true"),
     ],
 )
-def test_compiles_without_spills(
-    arch: str, threads: int, per_thread: int, in_shared: str, is_invariant: str
-) -> None:
-    source = plan_kernel.SOURCE.format(
-        threads=threads, per_thread=per_thread, in_shared=in_shared, is_invariant=is_invariant
-    )
+def test_compiles_without_spills(arch: str, threads: int, in_shared: str, mode: str) -> None:
+    source = plan_kernel.SOURCE.format(threads=threads, in_shared=in_shared, mode=mode)
     cubin = compile_cubin(source, arch)
     assert (cubin.spill_bytes, cubin.stack_bytes) == (0, 0), cubin.log
     assert "warning" not in cubin.log

@@ -3,29 +3,31 @@
 // Every CTA reads all lengths and works out the same tables in its own scratch, with scans where
 // the host has loops; then each writes its share of the plan. So no CTA waits for another, and one
 // launch does it. The time is that of one thread's chain of instructions, so there are few passes:
-//   place_requests  lengths -> requests; row tiles before each, and their cost
-//   sum_costs       the same cost where requests have several row tiles
+//   place_requests  lengths -> requests and row tiles; tiles before each, and their cost
 //   cut_spans       where the spans of the attention's CTAs begin, items before each
 //   write_items     items and merge units, one thread per item
 // Block is the CTA as the passes see it: CudaBlock of planner_block.h, or threads of a CPU.
 #pragma once
 
-#include "fi/common/planner_parts.h"
+#include "fi/common/planner_tiles.h"
 
 namespace fi::planner {
 
-// kInvariant: batch-invariant mode, a kernel of its own so that neither carries the other's code.
-// kPerThread: requests, or row tiles, that a thread takes in one round; 1 or 4.
-template <class Block, bool kInvariant, int32_t kPerThread>
+template <class Block, Mode kMode>
 class StepPlanner {
+  using Cost = typename CostType<kMode>::Type;
+  using Sums = typename SumsType<kMode>::Type;
+  static constexpr int32_t kPerThread = kMode.per_thread;
+
  public:
-  FI_HOST_DEVICE StepPlanner(const PlanKernelParams& params, const Scratch& scratch, Block& block)
-      : p(params), s(scratch), block_(block), out_(params) {}
+  FI_HOST_DEVICE StepPlanner(const PlanKernelParams& params, const Scratch<Cost>& scratch,
+                             Block& block)
+      : p(params), s(scratch), block_(block), tiles_(params), out_(params) {}
 
   FI_HOST_DEVICE void run() {
     place_requests();
-    if (has_large_requests_) sum_costs();
-    if constexpr (kInvariant) {
+    if (has_many_large_) [[unlikely]] sum_costs();
+    if constexpr (kMode.is_invariant) {
       cut_chunks();
     } else {
       cut_spans();
@@ -52,34 +54,23 @@ class StepPlanner {
     PlannedRequest* requests;
   };
 
-  using Sums = TileSums<kInvariant>;
-
   // Findings of one thread that concern all, beside the PlanStatus bits.
-  static constexpr int32_t kOutOfOrder = 1 << 16;  // qo_indptr does not ascend from 0
-  static constexpr int32_t kLarge = 1 << 17;       // a request of several row tiles
-  static constexpr int32_t kStatusMask = kOutOfOrder - 1;
+  static constexpr int32_t kOdd = 1 << 16;        // lengths out of contract
+  static constexpr int32_t kLarge = 1 << 17;      // a request of several row tiles
+  static constexpr int32_t kManyLarge = 1 << 18;  // more than a warp spreads
+  static constexpr int32_t kStatusMask = kOdd - 1;
+
+  // Large requests that a warp spreads, and tiles of one: beyond, all threads together are faster.
+  static constexpr int32_t kMostLarge = 2, kMostTiles = 128;
+
+  FI_HOST_DEVICE int32_t num_lanes() const { return min_i32(Block::kWarp, block_.num_threads()); }
+  FI_HOST_DEVICE int32_t lane() const { return block_.thread() % num_lanes(); }
 
   // True in the one CTA that writes record `index` of an array that all CTAs know: runs of records
-  // go round the CTAs. Few rounds, so that subtracting beats dividing.
+  // go round the CTAs.
   FI_HOST_DEVICE bool owns(int32_t index) const {
-    constexpr int32_t kRun = 32;
-    int32_t run = index / kRun - block_.cta();
-    FI_ROLLED while (run > 0) run -= block_.num_ctas();
-    return run == 0;
-  }
-
-  // Threads whose last_before() sees each other.
-  FI_HOST_DEVICE int32_t num_lanes() const { return min_i32(Block::kWarp, block_.num_threads()); }
-
-  // Row tiles that the lanes of a warp take in one round of sum_costs().
-  FI_HOST_DEVICE int32_t tile_run() const { return num_lanes() * kPerThread; }
-
-  FI_HOST_DEVICE void clear_marks() {
-    block_.marks()[block_.thread()] = -1;
-    FI_ROLLED for (int32_t t = 4 * block_.thread(); t < p.max_row_tiles;
-                   t += 4 * block_.num_threads()) {
-      store_16(s.tile_request + t, -1, -1, -1, -1);
-    }
+    const int32_t run = index / 32;
+    return run - block_.times_ctas(block_.over_ctas(run)) == block_.cta();
   }
 
   // A KV length as its two words (little-endian), so that nothing waits for the load yet.
@@ -102,21 +93,21 @@ class StepPlanner {
     return (p.kv_len_is_int64 ? kv_len.high : kv_len.low) < 0;
   }
 
-  // Lengths -> PlannedRequest, clamped to capacity; every clamp sets a status bit.
+  // Lengths -> PlannedRequest.
   FI_HOST_DEVICE void place_requests() {
     num_requests_ = min_i32(max_i32(p.num_requests, 0), p.max_requests);
-    int32_t first = 0;
     Lengths lengths = load_lengths(0);
     // Time to use while they are on the way.
-    block_.await_parameters(p);
-    clear_marks();
-    while (first < num_requests_) {
-      if (place_round(first, lengths)) {
+    block_.template prepare<kMode.is_narrow ? kNarrowBytes : sizeof(PlanKernelParams)>(p);
+    for (int32_t first = 0; first < num_requests_;) {
+      const bool is_done = is_careful_ ? place_round<true>(first, lengths)
+                                       : place_round<false>(first, lengths);
+      if (is_done) {
         first += kPerThread * block_.num_threads();
-        lengths = load_lengths(first);
+        if (first < num_requests_) lengths = load_lengths(first);
       } else {
-        is_ordered_ = false;
-        tokens_before_ = first == 0 ? 0 : min_i32(p.qo_indptr[first], p.max_tokens);
+        is_careful_ = true;
+        tokens_before_ = first == 0 ? 0 : p.qo_indptr[first];
       }
     }
     if (block_.thread() == 0) s.tile_begin[num_requests_] = sums_.tiles;
@@ -148,44 +139,67 @@ class StepPlanner {
     return lengths;
   }
 
-  // False, with nothing done, if qo_indptr turns out not to ascend: to be called again then.
+  // kCareful: clamps to capacity, and every clamp sets a status bit. Otherwise lengths are taken to
+  // be within contract; false, with nothing done, if they are not: to be called carefully then.
+  template <bool kCareful>
   FI_HOST_DEVICE bool place_round(int32_t first, const Lengths& lengths) {
     const int32_t r0 = first + kPerThread * block_.thread();
     Requests requests;
-    int32_t bits = take_tokens(r0, lengths.tokens, &requests);
-    for (int32_t i = 0; i < kPerThread; ++i) {
-      bits |= place_request(i, lengths.kv_len[i], &requests);
+    int32_t bits;
+    if constexpr (kCareful) {
+      bits = clamp_tokens(r0, lengths.tokens, &requests) | clamp_kv(lengths.kv_len, &requests);
+    } else {
+      bits = take_lengths(r0, lengths, &requests);
     }
-    add_costs(&requests);
+    for (int32_t i = 0; i < kPerThread; ++i) bits |= place_request(i, &requests);
+    const uint32_t large_lanes = add_large(&requests, &bits);
     Sums sum;
     for (const Sums& of_request : requests.sums) sum += of_request;
     int32_t all_bits = bits;
     Sums total, before = block_.scan(sum, &total, &all_bits);
-    if (is_ordered_ && (all_bits & kOutOfOrder) != 0) return false;
+    if (!kCareful && (all_bits & kOdd) != 0) return false;
     before += sums_;
     sums_ += total;
     status_ |= all_bits & kStatusMask;
-    has_large_requests_ |= (all_bits & kLarge) != 0;
-    if (r0 < num_requests_) write_requests(r0, requests, before, sum.tiles, (bits & kLarge) != 0);
+    has_large_ |= (all_bits & kLarge) != 0;
+    has_many_large_ |= (all_bits & kManyLarge) != 0;
+    if (r0 < num_requests_) write_requests(r0, requests, before, sum.tiles);
+    if (large_lanes != 0) spread_large(large_lanes, r0, requests, before);
     return true;
+  }
+
+  FI_HOST_DEVICE int32_t take_lengths(int32_t r0, const Lengths& lengths,
+                                      Requests* requests) const {
+    const auto max_tokens = static_cast<uint32_t>(p.max_tokens);
+    bool is_odd = static_cast<uint32_t>(lengths.tokens[0]) > max_tokens ||
+                  (r0 == 0 && lengths.tokens[0] != 0);
+    for (int32_t i = 0; i < kPerThread; ++i) {
+      const int32_t begin = lengths.tokens[i], end = lengths.tokens[i + 1];
+      const bool exists = r0 + i < num_requests_;
+      is_odd |= exists && (end < begin || static_cast<uint32_t>(end) > max_tokens);
+      is_odd |= !is_legal(lengths.kv_len[i]);
+      requests->qo_begin[i] = begin;
+      requests->q_len[i] = exists ? end - begin : 0;
+      requests->kv_len[i] = lengths.kv_len[i].low;
+    }
+    if (!is_odd) return 0;
+    // Nothing will come of them; what follows shall not run wild meanwhile.
+    for (int32_t i = 0; i < kPerThread; ++i) requests->q_len[i] = requests->kv_len[i] = 0;
+    return kOdd;
   }
 
   // Query tokens of requests r0 and following from their qo_indptr; returns what is wrong with it.
   // A token belongs to the first request whose end reaches it: a request begins at the maximum of
-  // the ends before. If all are in order, that is its entry of qo_indptr; else a scan finds it.
-  FI_HOST_DEVICE int32_t take_tokens(int32_t r0, const int32_t (&tokens)[kPerThread + 1],
-                                     Requests* requests) {
-    int32_t bits = 0, begin = min_i32(tokens[0], p.max_tokens);
-    if (!is_ordered_) [[unlikely]] {
-      Latest latest, last;
-      for (int32_t i = 0; i < kPerThread; ++i) latest += {min_i32(tokens[i + 1], p.max_tokens)};
-      begin = max_i32(tokens_before_, block_.scan(latest, &last).token);
-      tokens_before_ = max_i32(tokens_before_, last.token);
-    }
+  // the ends before.
+  FI_HOST_DEVICE int32_t clamp_tokens(int32_t r0, const int32_t (&tokens)[kPerThread + 1],
+                                      Requests* requests) {
+    Latest latest, last;
+    for (int32_t i = 0; i < kPerThread; ++i) latest += {min_i32(tokens[i + 1], p.max_tokens)};
+    int32_t bits = 0, begin = max_i32(tokens_before_, block_.scan(latest, &last).token);
+    tokens_before_ = max_i32(tokens_before_, last.token);
     for (int32_t i = 0; i < kPerThread; ++i) {
       const bool exists = r0 + i < num_requests_;
       const bool starts_wrong = r0 + i == 0 && tokens[0] != 0;
-      if (exists && (tokens[i + 1] < tokens[i] || starts_wrong)) bits |= kOutOfOrder;
       if (exists && (tokens[i + 1] < begin || starts_wrong)) bits |= kPlanBadIndptr;
       if (exists && tokens[i + 1] > p.max_tokens) bits |= kPlanTooManyTokens;
       const int32_t end = exists ? max_i32(min_i32(tokens[i + 1], p.max_tokens), begin) : begin;
@@ -196,67 +210,136 @@ class StepPlanner {
     return bits;
   }
 
-  // All else of request i of this thread; returns findings.
-  FI_HOST_DEVICE int32_t place_request(int32_t i, const RawLength& kv_len,
-                                       Requests* requests) const {
-    const bool fits = is_legal(kv_len);
-    PlannedRequest request{};
-    request.q_len = requests->q_len[i];
-    request.kv_len = fits ? kv_len.low : is_negative(kv_len) ? 0 : p.max_kv_len;
-    const int32_t packed_rows = request.q_len * p.tiling.group.value;
-    request.tile_class = p.tiling.class_of(packed_rows);
-    request.num_tiles = p.tiling.rows[request.tile_class].ceil_quotient(packed_rows);
-    requests->kv_len[i] = request.kv_len;
-    requests->tile_class[i] = request.tile_class;
-    requests->num_tiles[i] = request.num_tiles;
-    requests->sums[i].tiles = request.num_tiles;
-    return (fits ? 0 : kPlanKvTooLong) | (request.num_tiles > 1 ? kLarge : 0);
-  }
-
-  // Costs of requests of one tile; of others they are not known yet.
-  FI_HOST_DEVICE void add_costs(Requests* requests) const {
-    if (sees_from_start()) {
-      for (int32_t i = 0; i < kPerThread; ++i) {
-        // The tile's last row is the last token's, which sees all.
-        const int64_t cost = cost_of(requests->tile_class[i], requests->kv_len[i]);
-        requests->sums[i].cost = requests->num_tiles[i] == 1 ? cost : 0;
-      }
-      return;
-    }
+  FI_HOST_DEVICE int32_t clamp_kv(const RawLength (&kv_len)[kPerThread],
+                                  Requests* requests) const {
+    int32_t bits = 0;
     for (int32_t i = 0; i < kPerThread; ++i) {
-      if (requests->num_tiles[i] != 1) continue;
-      PlannedRequest request{};
-      request.q_len = requests->q_len[i];
-      request.kv_len = requests->kv_len[i];
-      request.tile_class = requests->tile_class[i];
-      request.num_tiles = 1;
-      requests->sums[i] = sums_of(row_tile(request, 0));
+      const bool fits = is_legal(kv_len[i]);
+      requests->kv_len[i] = fits ? kv_len[i].low : is_negative(kv_len[i]) ? 0 : p.max_kv_len;
+      if (!fits) bits |= kPlanKvTooLong;
+    }
+    return bits;
+  }
+
+  // All else of request i of this thread but the cost of several tiles; returns findings.
+  FI_HOST_DEVICE int32_t place_request(int32_t i, Requests* requests) const {
+    const int32_t q_len = requests->q_len[i], kv_len = requests->kv_len[i];
+    const int32_t c = tiles_.class_of(tiles_.packed_rows(q_len));
+    const int32_t num_tiles = tiles_.num_tiles(q_len, c);
+    requests->tile_class[i] = c;
+    requests->num_tiles[i] = num_tiles;
+    if (kMode.from_start || num_tiles == 1) {
+      const Sums only = tiles_.sums_of_only(q_len, kv_len, c);
+      if (num_tiles == 1) requests->sums[i] = only;
+    }
+    requests->sums[i].tiles = num_tiles;
+    return num_tiles > 1 ? kLarge : 0;
+  }
+
+  // A request of several row tiles, known to all lanes of its thread's warp.
+  struct Large {
+    int32_t index;  // within its thread
+    int32_t q_len, kv_len, num_tiles;
+  };
+
+  FI_HOST_DEVICE Large large_of(const Requests& requests) const {
+    Large large{0, requests.q_len[0], requests.kv_len[0], requests.num_tiles[0]};
+    for (int32_t i = 1; i < kPerThread; ++i) {
+      if (requests.num_tiles[i] <= 1) continue;
+      large = {i, requests.q_len[i], requests.kv_len[i], requests.num_tiles[i]};
+    }
+    return large;
+  }
+
+  FI_HOST_DEVICE Large from_lane(const Large& large, int32_t from) const {
+    return {large.index, block_.shuffle(large.q_len, from), block_.shuffle(large.kv_len, from),
+            block_.shuffle(large.num_tiles, from)};
+  }
+
+  // Costs of large requests, a lane per row tile, where a warp has few of them; returns the lanes
+  // that have one.
+  FI_HOST_DEVICE uint32_t add_large(Requests* requests, int32_t* bits) {
+    if constexpr (!kMode.is_narrow) {
+      if ((*bits & kLarge) != 0) *bits |= kManyLarge;
+      return 0;
+    } else {
+      const uint32_t lanes = block_.ballot((*bits & kLarge) != 0);
+      if (lanes == 0) return 0;
+      const Large own = large_of(*requests);
+      int32_t num_large = 0;
+      for (const int32_t tiles : requests->num_tiles) num_large += tiles > 1;
+      const bool is_much = num_large > 1 || own.num_tiles > kMostTiles;
+      if (block_.ballot(is_much) != 0 || count_bits(lanes) > kMostLarge) {
+        *bits |= kManyLarge;
+        return 0;
+      }
+      FI_ROLLED for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
+        const int32_t from = lowest_bit(rest);
+        const Large large = from_lane(own, from);
+        Cost cost = 0;
+        FI_ROLLED for (int32_t t = lane(); t < large.num_tiles; t += num_lanes()) {
+          cost += cost_of_tile(large, t);
+        }
+        cost = block_.warp_sum(cost);
+        if (lane() != from) continue;
+        for (int32_t i = 0; i < kPerThread; ++i) {
+          if (i == own.index) requests->sums[i].cost = cost;
+        }
+      }
+      return lanes;
     }
   }
 
-  // The requests with their tiles: those before them are `at`. Large requests do not know their
-  // tiles' costs: they leave their number where the tile begins and wherever a warp of sum_costs()
-  // does.
+  // Of its tile number t in plan order: descending.
+  FI_HOST_DEVICE Cost cost_of_tile(const Large& large, int32_t t) const {
+    const int32_t c = tiles_.class_of(tiles_.packed_rows(large.q_len));
+    return tiles_
+        .sums_of(large.q_len, large.kv_len, c, large.num_tiles, large.num_tiles - 1 - t)
+        .cost;
+  }
+
+  // Enters the tiles of these lanes' large requests, a lane per row tile. `at`: before the thread.
+  FI_HOST_DEVICE void spread_large(uint32_t lanes, int32_t r0, const Requests& requests, Sums at) {
+    if constexpr (kMode.is_narrow) {
+      const Large own = large_of(requests);
+      for (int32_t i = 0; i < kPerThread; ++i) {
+        if (i < own.index) at += requests.sums[i];
+      }
+      FI_ROLLED for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
+        const int32_t from = lowest_bit(rest);
+        const Large large = from_lane(own, from);
+        const int32_t r = block_.shuffle(r0 + own.index, from);
+        const int32_t first = block_.shuffle(at.tiles, from);
+        Cost before = static_cast<Cost>(block_.shuffle(static_cast<int32_t>(at.cost), from));
+        FI_ROLLED for (int32_t t0 = 0; t0 < large.num_tiles; t0 += num_lanes()) {
+          const int32_t t = t0 + lane();
+          const Cost cost = t < large.num_tiles ? cost_of_tile(large, t) : 0;
+          const Cost through = block_.warp_scan(cost);
+          if (t < large.num_tiles) {
+            s.tile_request[first + t] = r;
+            s.cost[first + t] = before + through - cost;
+          }
+          before += static_cast<Cost>(
+              block_.shuffle(static_cast<int32_t>(through), num_lanes() - 1));
+        }
+      }
+    }
+  }
+
+  // The requests and the tiles of those that have one; `at`: what is before them.
   FI_HOST_DEVICE void write_requests(int32_t r0, const Requests& requests, Sums at,
-                                     int32_t num_tiles, bool has_large) {
+                                     int32_t num_tiles) {
     int32_t tile_begin[kPerThread], number[kPerThread];
-    int64_t cost[kPerThread];
-    const bool is_plain = !has_large && num_tiles == kPerThread && at.tiles % kPerThread == 0;
+    Cost cost[kPerThread];
+    bool is_plain = num_tiles == kPerThread && at.tiles % kPerThread == 0;
     const int32_t first_tile = at.tiles;
     for (int32_t i = 0; i < kPerThread; ++i) {
-      const int32_t r = r0 + i;
       tile_begin[i] = at.tiles;
-      number[i] = r;
+      number[i] = r0 + i;
       cost[i] = at.cost;
-      if (requests.num_tiles[i] > 0) {
-        if constexpr (kInvariant) s.pieces[at.tiles] = at.pieces;
-        if (!is_plain) mark_tiles(r, at, requests.num_tiles[i]);
-      }
-      if (r < num_requests_ && owns(r)) {
-        int32_t* to = reinterpret_cast<int32_t*>(out_.requests + r);
-        store_16(to, p.num_kv_heads.value * at.tiles, requests.num_tiles[i], requests.tile_class[i],
-                 requests.qo_begin[i]);
-        store_16(to + 4, requests.q_len[i], requests.kv_len[i], 0, 0);
+      is_plain &= requests.num_tiles[i] == 1;
+      if constexpr (kMode.is_invariant) {
+        if (requests.num_tiles[i] > 0) s.pieces[at.tiles] = at.pieces;
       }
       at += requests.sums[i];
     }
@@ -264,30 +347,35 @@ class StepPlanner {
     store_run(s.qo_begin + r0, requests.qo_begin);
     store_run(s.q_len + r0, requests.q_len);
     store_run(s.kv_len + r0, requests.kv_len);
-    if (!is_plain) return;
-    store_run(s.tile_request + first_tile, number);
-    store_run(s.cost + first_tile, cost);
-  }
-
-  FI_HOST_DEVICE void mark_tiles(int32_t r, const Sums& at, int32_t num_tiles) {
-    s.tile_request[at.tiles] = r;
-    s.cost[at.tiles] = at.cost;
-    if (num_tiles == 1) return;
-    const int32_t run = tile_run();
-    FI_ROLLED for (int32_t t = (at.tiles / run + 1) * run; t < at.tiles + num_tiles; t += run) {
-      s.tile_request[t] = r;
+    if (is_plain) {
+      store_run(s.tile_request + first_tile, number);
+      store_run(s.cost + first_tile, cost);
+    } else {
+      for (int32_t i = 0; i < kPerThread; ++i) {
+        if (requests.num_tiles[i] != 1) continue;
+        s.tile_request[tile_begin[i]] = number[i];
+        s.cost[tile_begin[i]] = cost[i];
+      }
+    }
+    if (!owns(r0)) return;
+    for (int32_t i = 0; i < kPerThread; ++i) {
+      if (r0 + i >= num_requests_) return;
+      int32_t* to = reinterpret_cast<int32_t*>(out_.requests + r0 + i);
+      store_16(to, p.num_kv_heads.value * tile_begin[i], requests.num_tiles[i],
+               requests.tile_class[i], requests.qo_begin[i]);
+      store_16(to + 4, requests.q_len[i], requests.kv_len[i], 0, 0);
     }
   }
 
   // What follows the last tile.
   FI_HOST_DEVICE void end_tables() {
-    if (block_.thread() == 0) {
-      s.cost[sums_.tiles] = sums_.cost;
-      if constexpr (kInvariant) s.pieces[sums_.tiles] = sums_.pieces;
-    }
     num_tiles_ = sums_.tiles;
-    total_cost_ = p.num_kv_heads.value * sums_.cost;
-    if constexpr (kInvariant) {
+    cost_ = sums_.cost;
+    if (block_.thread() == 0) {
+      s.cost[num_tiles_] = cost_;
+      if constexpr (kMode.is_invariant) s.pieces[num_tiles_] = sums_.pieces;
+    }
+    if constexpr (kMode.is_invariant) {
       num_items_ = p.num_kv_heads.value * static_cast<int32_t>(sums_.pieces >> 32);
       num_partial_rows_ = p.num_kv_heads.value * static_cast<int32_t>(sums_.pieces);
     }
@@ -301,59 +389,33 @@ class StepPlanner {
     return s.tile_begin[r + 1] - 1 - tile;
   }
 
-  FI_HOST_DEVICE RowTile row_tile(const PlannedRequest& request, int32_t index) const {
-    RowTile row = request_row_tile(request, p.tiling, 0, index);
-    if constexpr (!kInvariant) row.chunk = {};  // as it is: tells the compiler
-    return row;
+  FI_HOST_DEVICE int32_t class_of_request(int32_t r) const {
+    return tiles_.class_of(tiles_.packed_rows(s.q_len[r]));
   }
 
-  FI_HOST_DEVICE RowTile row_tile(int32_t r, int32_t tile) const {
-    PlannedRequest request{};
-    request.q_len = s.q_len[r];
-    request.kv_len = s.kv_len[r];
-    request.num_tiles = tiles_of(r);
-    request.tile_class = p.tiling.class_of(request.q_len * p.tiling.group.value);
-    return row_tile(request, index_in_request(r, tile));
+  // Leaves each request's number where its tiles begin and wherever a warp of sum_costs() does.
+  FI_HOST_DEVICE void mark_requests() {
+    FI_ROLLED for (int32_t t = 4 * block_.thread(); t < num_tiles_; t += 4 * block_.num_threads()) {
+      store_16(s.tile_request + t, -1, -1, -1, -1);
+    }
+    block_.sync();
+    const int32_t run = num_lanes() * kPerThread;
+    FI_ROLLED for (int32_t r = block_.thread(); r < num_requests_; r += block_.num_threads()) {
+      const int32_t first = s.tile_begin[r], last = s.tile_begin[r + 1];
+      if (first < last) s.tile_request[first] = r;
+      FI_ROLLED for (int32_t t = (first / run + 1) * run; t < last; t += run) {
+        s.tile_request[t] = r;
+      }
+    }
+    block_.sync();
   }
 
-  FI_HOST_DEVICE static Sums sums_of(const RowTile& row) {
-    Sums sums;
-    sums.cost = row.cost();
-    sums.tiles = 1;
-    sums.add_pieces(max_i32(1, row.num_steps()), row.num_rows);
-    return sums;
-  }
-
-  // Neither window nor chunks: rows see KV from position 0.
-  FI_HOST_DEVICE bool sees_from_start() const { return !kInvariant && p.tiling.band.left < 0; }
-
-  // RowTile::cost() there, of a tile whose rows see KV [0, kv_end) together.
-  FI_HOST_DEVICE int64_t cost_of(int32_t tile_class, int32_t kv_end) const {
-    const TileClass& tc = p.tiling.classes[tile_class];
-    const int32_t num_tiles = p.tiling.kv_tile[tile_class].ceil_quotient(kv_end);
-    return tc.c_fixed + static_cast<int64_t>(tc.c_tile) * num_tiles;
-  }
-
-  // The same of tile `index` of a request. Without branches, so that a thread's tiles are worked
-  // out side by side.
-  FI_HOST_DEVICE int64_t cost_from_start(int32_t q_len, int32_t kv_len, int32_t tile_class,
-                                         int32_t index) const {
-    const Tiling& tiling = p.tiling;
-    const int32_t row_end =
-        min_i32((index + 1) * tiling.classes[tile_class].rows, q_len * tiling.group.value);
-    const int64_t tokens_after =
-        q_len - 1 - static_cast<int64_t>(tiling.group.quotient(row_end - 1));
-    const int64_t hidden = tiling.band.right < 0 ? 0 : tokens_after - tiling.band.right;
-    const int32_t kv_end = hidden <= 0       ? kv_len
-                           : hidden < kv_len ? kv_len - static_cast<int32_t>(hidden)
-                                             : 0;
-    return cost_of(tile_class, kv_end);
-  }
-
-  // Costs anew, tile by tile: a request's number stands at its first tile and spreads from there.
+  // Costs anew, tile by tile, where many requests have several: requests spread from their marks.
   FI_HOST_DEVICE void sum_costs() {
+    mark_requests();
     sums_ = {};
-    for (int32_t first = 0; first < num_tiles_; first += kPerThread * block_.num_threads()) {
+    FI_ROLLED for (int32_t first = 0; first < num_tiles_;
+                   first += kPerThread * block_.num_threads()) {
       const int32_t t0 = first + kPerThread * block_.thread();
       int32_t request[kPerThread], last = -1;
       for (int32_t i = 0; i < kPerThread; ++i) {
@@ -364,24 +426,11 @@ class StepPlanner {
       Sums sum, sums[kPerThread];
       for (int32_t i = 0; i < kPerThread; ++i) {
         request[i] = r = request[i] >= 0 ? request[i] : r;
+        if (t0 + i >= num_tiles_) continue;
+        sums[i] = tiles_.sums_of(s.q_len[r], s.kv_len[r], class_of_request(r), tiles_of(r),
+                                 index_in_request(r, t0 + i));
+        sum += sums[i];
       }
-      if (sees_from_start()) {
-        for (int32_t i = 0; i < kPerThread; ++i) {
-          const bool exists = t0 + i < num_tiles_;
-          const int32_t of = exists ? request[i] : 0;
-          const int32_t packed_rows = s.q_len[of] * p.tiling.group.value;
-          const int64_t cost =
-              cost_from_start(s.q_len[of], s.kv_len[of], p.tiling.class_of(packed_rows),
-                              exists ? index_in_request(of, t0 + i) : 0);
-          sums[i].cost = exists ? cost : 0;
-          sums[i].tiles = exists;
-        }
-      } else {
-        for (int32_t i = 0; i < kPerThread; ++i) {
-          if (t0 + i < num_tiles_) sums[i] = sums_of(row_tile(request[i], t0 + i));
-        }
-      }
-      for (const Sums& of_tile : sums) sum += of_tile;
       Sums total, at = block_.scan(sum, &total);
       at += sums_;
       sums_ += total;
@@ -392,10 +441,10 @@ class StepPlanner {
 
   FI_HOST_DEVICE void write_costs(int32_t t0, const int32_t (&request)[kPerThread], Sums at,
                                   const Sums (&sums)[kPerThread]) {
-    int64_t cost[kPerThread];
+    Cost cost[kPerThread];
     for (int32_t i = 0; i < kPerThread; ++i) {
       cost[i] = at.cost;
-      if constexpr (kInvariant) {
+      if constexpr (kMode.is_invariant) {
         if (t0 + i < num_tiles_) s.pieces[t0 + i] = at.pieces;
       }
       at += sums[i];
@@ -404,37 +453,74 @@ class StepPlanner {
     store_run(s.cost + t0, cost);
   }
 
-  // The place where span c begins: after floor(W c / P) of the total cost W. *num_rows: packed rows
-  // of its row tile.
+  // floor(cost_ / P), and the rest.
+  FI_HOST_DEVICE Cost share_of_cta(int32_t* rest) const {
+    if constexpr (kMode.is_narrow) {
+      const int32_t share = p.num_ctas.quotient(static_cast<int32_t>(cost_));
+      *rest = static_cast<int32_t>(cost_) - share * p.num_ctas.value;
+      return static_cast<Cost>(share);
+    } else {
+      const Quotient64 share = p.wide.num_ctas.divide(cost_);
+      *rest = share.remainder;
+      return share.quotient;
+    }
+  }
+
+  // KV head of a place and the cost before it within that head's tiles of the request: the place is
+  // `heads * in_head + rest` after the request's beginning.
+  FI_HOST_DEVICE int32_t head_at(Cost in_head, int32_t rest, Cost head_cost, Cost* left) const {
+    const int32_t heads = p.num_kv_heads.value;
+    if constexpr (kMode.is_narrow) {
+      const Quotient32 head =
+          small_quotient(in_head, heads, rest, static_cast<int32_t>(head_cost));
+      *left = head.remainder;
+      return head.quotient;
+    } else {
+      const int32_t head = quotient_of(heads * in_head + rest, head_cost);
+      *left = heads * in_head + rest - head * head_cost;
+      return head;
+    }
+  }
+
+  // The place where span c begins: after floor(W c / P) of the total cost W = heads w. With
+  //   w = P share + remainder, remainder c = P a + b:   W c / P = heads (share c + a) + heads b / P
+  // all of it is in units of one head's cost, and small. *num_rows: packed rows of its row tile.
   FI_HOST_DEVICE Cut find_cut(int32_t c, int32_t* num_rows) const {
-    const int64_t heads = p.num_kv_heads.value;
-    const Quotient64 share = p.long_ctas.divide(total_cost_);
-    const int64_t target = share.quotient * c + p.num_ctas.quotient(share.remainder * c);
-    Cut cut{p.num_kv_heads.value * num_tiles_, 0, 0, 0};
+    const int32_t heads = p.num_kv_heads.value;
+    Cut cut{heads * num_tiles_, 0, 0, 0};
     *num_rows = 0;
-    if (target >= total_cost_) return cut;
+    if (c >= p.num_ctas.value || cost_ == 0) return cut;
+    int32_t remainder;
+    const Cost share = share_of_cta(&remainder);
+    const int32_t a = p.num_ctas.quotient(remainder * c);
+    const int32_t b = remainder * c - a * p.num_ctas.value;
+    const int32_t rest = p.num_ctas.quotient(heads * b);
+    const Cost of_head = share * c + a;
     // Requests start at multiples of all heads' cost; this tile is one of the right request.
-    const int64_t of_each_head = p.long_kv_heads.divide(target).quotient;
-    const int32_t near =
-        last_at_most(0, num_tiles_, of_each_head, [&](int32_t i) { return s.cost[i]; });
+    const auto cost_before = [&](int32_t i) { return s.cost[i]; };
+    const int32_t near = last_at_most(0, num_tiles_, of_head, cost_before);
     const int32_t r = s.tile_request[near];
-    const int32_t first = s.tile_begin[r], last = s.tile_begin[r + 1];
-    const int64_t head_cost = s.cost[last] - s.cost[first];
-    const int64_t in_request = target - heads * s.cost[first];
-    const int32_t head = quotient_of(in_request, head_cost);
-    const int64_t in_head = in_request - head * head_cost + s.cost[first];
-    const int32_t tile = last_at_most(first, last, in_head, [&](int32_t i) { return s.cost[i]; });
-    cut.tile = p.num_kv_heads.value * first + head * (last - first) + tile - first;
-    // Less than the tile's cost is left: a cut never follows all its steps.
-    const int64_t budget = in_head - s.cost[tile];
-    const int32_t packed_rows = s.q_len[r] * p.tiling.group.value;
-    const int32_t tile_class = p.tiling.class_of(packed_rows);
-    const TileClass& tc = p.tiling.classes[tile_class];
-    *num_rows = min_i32(tc.rows, packed_rows - (last - 1 - tile) * tc.rows);
-    if constexpr (kInvariant) {
-      cut.step = row_tile(r, tile).steps_within(budget);
-    } else if (budget > tc.c_fixed) {
-      cut.step = static_cast<int32_t>(p.c_tile[tile_class].divide(budget - tc.c_fixed).quotient);
+    int32_t first = near, last = near + 1;
+    if (has_large_) {
+      first = s.tile_begin[r];
+      last = s.tile_begin[r + 1];
+    }
+    const Cost begin = s.cost[first];
+    Cost budget;
+    const int32_t head = head_at(of_head - begin, rest, s.cost[last] - begin, &budget);
+    const int32_t tile =
+        last - first == 1 ? first : last_at_most(first, last, budget + begin, cost_before);
+    cut.tile = heads * first + head * (last - first) + tile - first;
+    budget -= s.cost[tile] - begin;
+    const int32_t packed_rows = tiles_.packed_rows(s.q_len[r]);
+    const int32_t tile_class = tiles_.class_of(packed_rows), index = last - 1 - tile;
+    *num_rows = tiles_.row_end(s.q_len[r], tile_class, index) -
+                index * tiles_.tile_class(tile_class).rows;
+    if constexpr (kMode.is_invariant) {
+      cut.step = tiles_.row_tile(s.q_len[r], s.kv_len[r], tile_class, last - first, index)
+                     .steps_within(budget);
+    } else {
+      cut.step = tiles_.steps_within(budget, tile_class);
     }
     return cut;
   }
@@ -443,12 +529,12 @@ class StepPlanner {
   // than tiles that it leaves behind; pieces of cut tiles are partial, whole tiles are not.
   FI_HOST_DEVICE void cut_spans() {
     const int32_t num_cuts = p.num_ctas.value + 1;
-    for (int32_t c = block_.thread(); c < num_cuts; c += block_.num_threads()) {
+    FI_ROLLED for (int32_t c = block_.thread(); c < num_cuts; c += block_.num_threads()) {
       s.cuts[c] = find_cut(c, &s.cut_tile_rows[c]);
     }
     block_.sync();
     SpanSums sums;
-    for (int32_t first = 0; first < num_cuts; first += block_.num_threads()) {
+    FI_ROLLED for (int32_t first = 0; first < num_cuts; first += block_.num_threads()) {
       const int32_t c = first + block_.thread();
       SpanSums span;
       if (0 < c && c < num_cuts) {
@@ -475,32 +561,35 @@ class StepPlanner {
   }
 
   // Items are written in rounds, in each round a run by each warp. Runs go round the CTAs, so that
-  // few items still spread over the GPU.
-  FI_HOST_DEVICE int32_t run_begin(int32_t round, int32_t warp) const {
-    const int32_t num_warps = block_.num_threads() / num_lanes();
-    return ((round * num_warps + warp) * block_.num_ctas() + block_.cta()) * num_lanes();
+  // few items still spread over the GPU: run k of this CTA is written by warp k of round 0, or a
+  // later one.
+  FI_HOST_DEVICE int32_t run_begin(int32_t k) const {
+    return (block_.times_ctas(k) + block_.cta()) * num_lanes();
   }
 
-  // Leaves the span's number with this CTA's first item of it in each run of the round.
+  FI_HOST_DEVICE int32_t num_warps() const { return block_.num_threads() / num_lanes(); }
+
+  // Leaves the span's number with this CTA's first item of it in each run of the round. Most spans
+  // meet none.
   FI_HOST_DEVICE void mark_span(int32_t round, int32_t span, int32_t begin, int32_t end) {
-    if (begin == end) return;
-    FI_ROLLED for (int32_t w = 0; w < block_.num_threads() / num_lanes(); ++w) {
-      const int32_t first = run_begin(round, w);
-      if (first >= end) return;
-      if (begin < first + num_lanes()) {
-        block_.marks()[w * num_lanes() + max_i32(begin - first, 0)] = span;
-      }
+    // The first run of this CTA that ends after `begin`.
+    const int32_t next = begin / num_lanes() - block_.cta() + block_.num_ctas() - 1;
+    int32_t k = max_i32(block_.over_ctas(next), round * num_warps());
+    FI_ROLLED for (; run_begin(k) < end && k < (round + 1) * num_warps(); ++k) {
+      const int32_t at = max_i32(begin - run_begin(k), 0);
+      if (begin < end) block_.marks()[(k - round * num_warps()) * num_lanes() + at] = span;
     }
   }
 
   FI_HOST_DEVICE Place place_of(int32_t tile) const {
-    const int32_t r = s.tile_request[p.num_kv_heads.quotient(tile)];
-    const int32_t first = s.tile_begin[r], count = tiles_of(r);
-    const int32_t in_request = tile - p.num_kv_heads.value * first;
-    const int32_t head = count == 1 ? in_request
-                                    : static_cast<int32_t>(static_cast<uint32_t>(in_request) /
-                                                           static_cast<uint32_t>(count));
-    return {r, head, first + in_request - head * count};
+    const int32_t heads = p.num_kv_heads.value, near = p.num_kv_heads.quotient(tile);
+    const int32_t r = s.tile_request[near];
+    if (!has_large_) return {r, tile - heads * near, near, 1, 0};
+    const int32_t first = s.tile_begin[r], count = s.tile_begin[r + 1] - first;
+    const Quotient32 head =
+        small_quotient(static_cast<uint32_t>(tile - heads * first), 1, 0, count);
+    const auto in_head = static_cast<int32_t>(head.remainder);
+    return {r, head.quotient, first, count, count - 1 - in_head};
   }
 
   // Item number `item`, which lies in span c.
@@ -540,10 +629,10 @@ class StepPlanner {
       out_.cta_ptr[c] = num_items_;
       if (cut.tile >= p.num_kv_heads.value * num_tiles_) continue;
       const Place at = place_of(cut.tile);
-      const int32_t first = items_before(s.tile_begin[at.request]);
-      const int32_t per_head = items_before(s.tile_begin[at.request + 1]) - first;
-      out_.cta_ptr[c] = p.num_kv_heads.value * first + at.head * per_head + items_before(at.tile) -
-                        first + cut.step;
+      const int32_t first = items_before(at.first), end = items_before(at.first + at.count);
+      const int32_t tile = at.first + at.count - 1 - at.index;
+      out_.cta_ptr[c] = p.num_kv_heads.value * first + at.head * (end - first) +
+                        items_before(tile) - first + cut.step;
     }
   }
 
@@ -557,18 +646,21 @@ class StepPlanner {
     const int32_t in_request = item - p.num_kv_heads.value * items_before(first);
     const int32_t head = in_request / per_head, in_head = in_request - head * per_head;
     // Requests of several tiles are never cut: an item is a tile.
-    if (last - first > 1 || per_head == 1) return {{r, head, first + in_head}, 0, -1, -1, 0};
+    if (last - first > 1 || per_head == 1) {
+      return {{r, head, first, last - first, last - first - 1 - in_head}, 0, -1, -1, 0};
+    }
     const int32_t rows = rows_before(last) - rows_before(first);
     const int32_t row = p.num_kv_heads.value * rows_before(first) + head * rows +
-                        in_head * (s.q_len[r] * p.tiling.group.value);
-    return {{r, head, first}, in_head, in_head + 1, row, per_head};
+                        in_head * tiles_.packed_rows(s.q_len[r]);
+    return {{r, head, first, 1, 0}, in_head, in_head + 1, row, per_head};
   }
 
   FI_HOST_DEVICE void write_items() {
-    const int32_t warp = block_.thread() / num_lanes(), lane = block_.thread() % num_lanes();
-    for (int32_t round = 0; run_begin(round, 0) < num_items_; ++round) {
-      const int32_t i = run_begin(round, warp) + lane;
-      if constexpr (kInvariant) {
+    FI_ROLLED for (int32_t round = 0;; ++round) {
+      const int32_t k = round * num_warps();
+      if (run_begin(k) >= num_items_) return;
+      const int32_t i = run_begin(k + block_.thread() / num_lanes()) + lane();
+      if constexpr (kMode.is_invariant) {
         if (i < num_items_) write_item(i, chunk_at(i));
       } else {
         if (round > 0) mark_spans(round);
@@ -583,38 +675,35 @@ class StepPlanner {
     block_.sync();
     block_.marks()[block_.thread()] = -1;
     block_.sync();
-    for (int32_t c = block_.thread(); c < p.num_ctas.value; c += block_.num_threads()) {
+    FI_ROLLED for (int32_t c = block_.thread(); c < p.num_ctas.value; c += block_.num_threads()) {
       mark_span(round, c, s.cuts[c].items, s.cuts[c + 1].items);
     }
     block_.sync();
   }
 
   // The item, and with the first item of a tile its merge unit.
-  FI_HOST_DEVICE void write_item(int32_t index, const Piece& piece) {
-    const auto [r, head, tile] = piece.place;
-    const RowTile row = row_tile(r, tile);
-    const int32_t step_end = piece.step_end < 0 ? row.num_steps() : piece.step_end;
-    const int32_t q_len = s.q_len[r], kv_len = s.kv_len[r];
-    const int32_t unit =
-        p.num_kv_heads.value * s.tile_begin[r] + head * tiles_of(r) + index_in_request(r, tile);
+  FI_HOST_DEVICE void write_item(int32_t number, const Piece& piece) {
+    const auto [r, head, first, count, index] = piece.place;
+    const int32_t q_len = s.q_len[r], kv_len = s.kv_len[r], c = class_of_request(r);
+    const int32_t unit = p.num_kv_heads.value * first + head * count + index;
     WorkItem item;
-    row.fill_range(piece.step_begin, step_end, &item);
-    int32_t* to = reinterpret_cast<int32_t*>(out_.items + index);
+    tiles_.fill_item(q_len, kv_len, c, count, index, piece.step_begin, piece.step_end, &item);
+    int32_t* to = reinterpret_cast<int32_t*>(out_.items + number);
     store_16(to, r, item.kv_begin, item.kv_end, item.hole_begin);
     store_16(to + 4, item.hole_end, head, s.qo_begin[r], kv_len - q_len);
-    store_16(to + 8, row.row_begin, row.num_rows, piece.partial_row, unit);
-    store_16(to + 12, row.tile_class, r, q_len, kv_len);
+    store_16(to + 8, item.row_begin, item.num_rows, piece.partial_row, unit);
+    store_16(to + 12, c, r, q_len, kv_len);
     if (piece.step_begin > 0) return;
     const bool whole = piece.partial_row < 0;
     store_16(out_.units + unit, whole ? 0 : piece.num_splits, whole ? 0 : piece.partial_row,
-             whole ? 0 : piece.num_splits, whole ? 0 : row.num_rows);
+             whole ? 0 : piece.num_splits, whole ? 0 : item.num_rows);
   }
 
   // The last CTA has the fewest items.
   FI_HOST_DEVICE void write_header() {
     if (block_.cta() != block_.num_ctas() - 1 || block_.thread() != 0) return;
     PlanHeader header{};
-    header.total_cost = total_cost_;
+    header.total_cost = p.num_kv_heads.value * static_cast<int64_t>(cost_);
     header.num_items = num_items_;
     header.num_units = p.num_kv_heads.value * num_tiles_;
     header.num_partial_rows = num_partial_rows_;
@@ -628,19 +717,21 @@ class StepPlanner {
   }
 
   const PlanKernelParams& p;
-  const Scratch& s;
+  const Scratch<Cost>& s;
   Block& block_;
+  const TileRules<kMode> tiles_;
   const Output out_;
   int32_t num_requests_ = 0;
   int32_t num_tiles_ = 0;  // of one KV head
+  Cost cost_ = 0;          // of one KV head
   int32_t num_items_ = 0;
   int32_t num_partial_rows_ = 0;
-  int64_t total_cost_ = 0;     // of all KV heads
   Sums sums_;                  // over the tiles of rounds done
   int32_t status_ = 0;         // PlanStatus bits
-  int32_t tokens_before_ = 0;  // the round, once qo_indptr was found out of order
-  bool is_ordered_ = true;
-  bool has_large_requests_ = false;
+  int32_t tokens_before_ = 0;  // the round, once lengths were found out of contract
+  bool is_careful_ = false;
+  bool has_large_ = false;
+  bool has_many_large_ = false;
 };
 
 }  // namespace fi::planner

@@ -5,41 +5,80 @@
 
 namespace fi::planner {
 
+// Sums of two members of 32 bits.
+struct alignas(8) Words {
+  uint32_t first, second;
+};
+
 template <int32_t kThreads>
 struct BlockMemory {
+  static constexpr int32_t kWarps = kThreads / 32;
   static constexpr int32_t kMostBytes = 32;  // of what one warp tells the others in a scan
 
-  alignas(16) char warps[2][kThreads / 32 * kMostBytes];
+  alignas(16) char warps[2][kWarps * kMostBytes];
+  Words words[3][kWarps + 1];  // see scan_words()
+  uint32_t bits[3];
   int32_t marks[kThreads];
   int32_t parameters[32];
 };
 
+// The number of CTAs is a power of two.
 template <int32_t kThreads>
 class CudaBlock {
  public:
   static constexpr int32_t kWarp = 32;
 
-  __device__ explicit CudaBlock(BlockMemory<kThreads>* memory) : memory_(memory) {}
+  __device__ explicit CudaBlock(BlockMemory<kThreads>* memory)
+      : memory_(memory), log_ctas_(31 - __clz(static_cast<int32_t>(gridDim.x))) {}
 
   __device__ int32_t thread() const { return static_cast<int32_t>(threadIdx.x); }
   __device__ static constexpr int32_t num_threads() { return kThreads; }
   __device__ int32_t cta() const { return static_cast<int32_t>(blockIdx.x); }
   __device__ int32_t num_ctas() const { return static_cast<int32_t>(gridDim.x); }
+  __device__ int32_t times_ctas(int32_t n) const { return n << log_ctas_; }
+  __device__ int32_t over_ctas(int32_t n) const { return n >> log_ctas_; }
 
   __device__ void sync() const { __syncthreads(); }
   __device__ int32_t* marks() const { return memory_->marks; }
 
+  // Clears the marks, and what scans need cleared.
+  //
   // Reads a word of each 64 bytes of the parameters, which a launch leaves outside the constant
   // cache: to be called while other loads are under way, instead of missing one line after another
   // where they are needed. The store keeps the compiler from dropping it.
-  __device__ void await_parameters(const PlanKernelParams& p) const {
-    constexpr int32_t kLine = 64 / sizeof(int32_t), kLines = (sizeof(p) + 63) / 64;
+  template <int32_t kParamBytes>
+  __device__ void prepare(const PlanKernelParams& p) const {
+    constexpr int32_t kLine = 64 / sizeof(int32_t), kLines = (kParamBytes + 63) / 64;
     static_assert(kLines <= 32);
-    if (thread() >= kLines) return;
-    memory_->parameters[thread()] = reinterpret_cast<const int32_t*>(&p)[thread() * kLine];
+    memory_->marks[thread()] = -1;
+    if (thread() < 3 * (kWarps + 1)) memory_->words[0][thread()] = {};
+    if (thread() < 3) memory_->bits[thread()] = 0;
+    if (thread() < kLines) {
+      memory_->parameters[thread()] = reinterpret_cast<const int32_t*>(&p)[thread() * kLine];
+    }
+    __syncthreads();
   }
 
-  // Value of the last marked lane before this one; unspecified if there is none. For whole warps.
+  // The rest is for whole warps.
+  __device__ uint32_t ballot(bool is_set) const { return __ballot_sync(~0u, is_set); }
+
+  __device__ int32_t shuffle(int32_t value, int32_t from) const {
+    return __shfl_sync(~0u, value, from);
+  }
+
+  __device__ uint32_t warp_sum(uint32_t value) const { return __reduce_add_sync(~0u, value); }
+
+  // Sum over this lane and those before.
+  __device__ uint32_t warp_scan(uint32_t value) const {
+#pragma unroll
+    for (int32_t offset = 1; offset < 32; offset *= 2) {
+      const uint32_t before = __shfl_up_sync(~0u, value, offset);
+      if (thread() % 32 >= offset) value += before;
+    }
+    return value;
+  }
+
+  // Value of the last marked lane before this one; unspecified if there is none.
   __device__ int32_t last_before(bool is_marked, int32_t value) const {
     const uint32_t marked = __ballot_sync(~0u, is_marked), lane = threadIdx.x % 32;
     return __shfl_sync(~0u, value, 31 - __clz(marked & ((1u << lane) - 1)));
@@ -48,29 +87,82 @@ class CudaBlock {
   // Sum over the threads before this one; *total: over all. ORs *bits, if given, over all.
   template <class Sums>
   __device__ Sums scan(const Sums& value, Sums* total, int32_t* bits = nullptr) {
+    if constexpr (Sums::kIsWords) {
+      return scan_words(value, total, bits);
+    } else {
+      return scan_warps(value, total, bits);
+    }
+  }
+
+ private:
+  static constexpr int32_t kWarps = BlockMemory<kThreads>::kWarps;
+
+  struct ShuffleUp {
+    int32_t offset;
+
+    template <class Member>
+    __device__ Member operator()(Member member) const {
+      return __shfl_up_sync(~0u, member, offset);
+    }
+  };
+
+  template <class Sums>
+  __device__ Sums scan_warp(const Sums& value) const {
+    Sums here = value;
+#pragma unroll
+    for (int32_t offset = 1; offset < 32; offset *= 2) {
+      const Sums before = here.mapped(ShuffleUp{offset});
+      if (thread() % 32 >= offset) here += before;
+    }
+    return here;
+  }
+
+  // Two sums of 32 bits: each warp adds its own to those of all later ones before it scans its
+  // lanes, and nothing but a load is left to do after the barrier. Bits are rare.
+  template <class Sums>
+  __device__ Sums scan_words(const Sums& value, Sums* total, int32_t* bits) {
+    const int32_t lane = thread() % 32, warp = thread() / 32, turn = words_turn_;
+    const auto words = __builtin_bit_cast(Words, value);
+    const Words sum{__reduce_add_sync(~0u, words.first), __reduce_add_sync(~0u, words.second)};
+    if (warp < lane && lane <= kWarps) {
+      atomicAdd(&memory_->words[turn][lane].first, sum.first);
+      atomicAdd(&memory_->words[turn][lane].second, sum.second);
+    }
+    if (bits && *bits != 0) atomicOr(&memory_->bits[turn], static_cast<uint32_t>(*bits));
+    Sums before = scan_warp(value).mapped(ShuffleUp{1});
+    if (lane == 0) before = {};
+    __syncthreads();
+    before += __builtin_bit_cast(Sums, memory_->words[turn][warp]);
+    *total = __builtin_bit_cast(Sums, memory_->words[turn][kWarps]);
+    if (bits) *bits = static_cast<int32_t>(memory_->bits[turn]);
+    // Three arrays take turns. That of the last scan was read before this barrier, and is added to
+    // again after the next one: now is the time to clear it.
+    words_turn_ = turn == 2 ? 0 : turn + 1;
+    const int32_t last = turn == 0 ? 2 : turn - 1;
+    if (thread() <= kWarps) memory_->words[last][thread()] = {};
+    if (thread() == 0) memory_->bits[last] = 0;
+    return before;
+  }
+
+  // Any sums: the warps' are added one by one.
+  template <class Sums>
+  __device__ Sums scan_warps(const Sums& value, Sums* total, int32_t* bits) {
     struct alignas(16) Warp {
       Sums sums;
       int32_t bits;
     };
     static_assert(sizeof(Warp) <= BlockMemory<kThreads>::kMostBytes);
-    constexpr int32_t kWarps = kThreads / 32;
     // Consecutive scans take turns with two arrays: whoever writes the first one again has passed
     // the barrier of the scan between, and so has everyone who read it.
     Warp* warps = reinterpret_cast<Warp*>(memory_->warps[turn_]);
     turn_ ^= 1;
     const int32_t lane = thread() % 32, warp = thread() / 32;
-    Sums here = value;
-#pragma unroll
-    for (int32_t offset = 1; offset < 32; offset *= 2) {
-      const Sums before = here.mapped(ShuffleUp{offset});
-      if (lane >= offset) here += before;
-    }
+    const Sums here = scan_warp(value);
     const int32_t warp_bits = bits ? __reduce_or_sync(~0u, *bits) : 0;
     if (lane == 31) warps[warp] = {here, warp_bits};
     Sums before = here.mapped(ShuffleUp{1});
     if (lane == 0) before = {};
     __syncthreads();
-    // Few warps: adding them up one by one is faster than a second round of shuffles.
     Sums warps_before{}, all{};
     int32_t all_bits = 0;
 #pragma unroll
@@ -86,22 +178,14 @@ class CudaBlock {
     return before;
   }
 
- private:
-  struct ShuffleUp {
-    int32_t offset;
-
-    template <class Member>
-    __device__ Member operator()(Member member) const {
-      return __shfl_up_sync(~0u, member, offset);
-    }
-  };
-
   BlockMemory<kThreads>* memory_;
+  int32_t log_ctas_;
   int32_t turn_ = 0;
+  int32_t words_turn_ = 0;
 };
 
 // Body of the kernel. kInShared: scratch in dynamic shared memory, else at p.scratch.
-template <int32_t kThreads, int32_t kPerThread, bool kInShared, bool kInvariant>
+template <int32_t kThreads, bool kInShared, Mode kMode>
 __device__ void run(const PlanKernelParams& p) {
   extern __shared__ int4 dynamic_shared[];
   __shared__ BlockMemory<kThreads> memory;
@@ -109,9 +193,9 @@ __device__ void run(const PlanKernelParams& p) {
   if constexpr (!kInShared) {
     base = static_cast<char*>(p.scratch) + blockIdx.x * p.scratch_layout.total_bytes;
   }
-  const Scratch scratch = scratch_at(p.scratch_layout, base);
+  const auto scratch = scratch_at<typename CostType<kMode>::Type>(p.scratch_layout, base);
   CudaBlock<kThreads> block(&memory);
-  StepPlanner<CudaBlock<kThreads>, kInvariant, kPerThread>(p, scratch, block).run();
+  StepPlanner<CudaBlock<kThreads>, kMode>(p, scratch, block).run();
 }
 
 }  // namespace fi::planner

@@ -16,11 +16,32 @@ struct alignas(16) Cut {
   int32_t rows;   // partial rows before it
 };
 
+// What a kernel is compiled for: none carries the code of others.
+struct Mode {
+  int32_t per_thread;   // requests, or row tiles, that a thread takes in one round: 1 or 4
+  int32_t num_classes;  // of row tiles
+  bool is_invariant;    // batch-invariant mode
+  bool from_start;      // no window either: rows see KV from position 0
+  bool is_narrow;       // a KV head's cost of any step is below 2^31; not in batch-invariant mode
+};
+
+// Costs of one KV head, below 2^31 or 2^63.
+template <Mode kMode>
+struct CostType {
+  using Type = int64_t;
+};
+template <Mode kMode>
+  requires(kMode.is_narrow)
+struct CostType<kMode> {
+  using Type = uint32_t;
+};
+
 // What every CTA works out for itself. "Tiles" here are row tiles of one KV head, requests
 // ascending and each request's tiles descending: all heads have the same.
+template <class Cost>
 struct Scratch {
   Cut* cuts;               // [num_ctas + 1]
-  int64_t* cost;           // [max_row_tiles + 1] cost of the tiles before each
+  Cost* cost;              // [max_row_tiles + 1] cost of the tiles before each
   int64_t* pieces;         // [max_row_tiles + 1] batch-invariant mode: items << 32 | partial rows
   int32_t* tile_request;   // [max_row_tiles]
   int32_t* tile_begin;     // [max_requests + 1] tiles of the requests before each
@@ -28,6 +49,12 @@ struct Scratch {
   int32_t* q_len;          // [max_requests]
   int32_t* kv_len;         // [max_requests]
   int32_t* cut_tile_rows;  // [num_ctas + 1] packed rows of each cut's row tile
+};
+
+// For costs of 64 bits.
+struct WideDivisors {
+  LongDivisor num_ctas;
+  LongDivisor c_tile[kMaxTileClasses];
 };
 
 // Byte offsets of the arrays, from the start of a CTA's scratch. Each is 16-byte aligned and of
@@ -52,23 +79,27 @@ struct PlanKernelParams {
   int32_t max_row_tiles;  // of one KV head
   Divisor num_kv_heads;
   Divisor num_ctas;  // of the attention launch: spans; below 2^15
-  LongDivisor long_kv_heads, long_ctas;
-  LongDivisor c_tile[kMaxTileClasses];  // of tiling.classes
   Tiling tiling;
+  Divisor c_tile[kMaxTileClasses];  // of tiling.classes
   PlanLayout layout;
   planner::ScratchLayout scratch_layout;
   void* scratch;  // total_bytes of that for each CTA, where shared memory does not hold them
   // The step.
   void* plan;       // layout.total_bytes, 16-byte aligned
   int32_t* status;  // PlanStatus bits of failing steps are OR-ed in; null: not wanted
+  planner::WideDivisors wide;  // last: few kernels read them
 };
 
 namespace planner {
 
-FI_HOST_DEVICE inline Scratch scratch_at(const ScratchLayout& layout, char* base) {
-  Scratch s;
+// Of the parameters, what a kernel for narrow costs reads.
+constexpr int32_t kNarrowBytes = sizeof(PlanKernelParams) - sizeof(WideDivisors);
+
+template <class Cost>
+FI_HOST_DEVICE Scratch<Cost> scratch_at(const ScratchLayout& layout, char* base) {
+  Scratch<Cost> s;
   s.cuts = reinterpret_cast<Cut*>(base + layout.cuts);
-  s.cost = reinterpret_cast<int64_t*>(base + layout.cost);
+  s.cost = reinterpret_cast<Cost*>(base + layout.cost);
   s.pieces = reinterpret_cast<int64_t*>(base + layout.pieces);
   s.tile_request = reinterpret_cast<int32_t*>(base + layout.tile_request);
   s.tile_begin = reinterpret_cast<int32_t*>(base + layout.tile_begin);

@@ -16,28 +16,47 @@ namespace fi::planner {
 // Last index in [low, high) whose value is at most `limit`; values ascend, the first one is and
 // value(high) is not. Three probes a round hide each other's latency: half the rounds of a binary
 // search.
-template <class Value>
-FI_HOST_DEVICE int32_t last_at_most(int32_t low, int32_t high, int64_t limit, const Value& value) {
-  while (high - low > 1) {
+template <class Limit, class Value>
+FI_HOST_DEVICE int32_t last_at_most(int32_t low, int32_t high, Limit limit, const Value& value) {
+  FI_ROLLED while (high - low > 1) {
     const int32_t quarter = (high - low + 3) >> 2;
-    int32_t passed = 0;
-    for (int32_t i = 1; i < 4; ++i) passed += value(min_i32(low + i * quarter, high)) <= limit;
-    low += passed * quarter;
+    const int32_t first = low + quarter, second = min_i32(first + quarter, high);
+    const int32_t third = min_i32(second + quarter, high);
+    const bool one = value(first) <= limit, two = value(second) <= limit;
+    const bool three = value(third) <= limit;
+    low = three ? third : two ? second : one ? first : low;
     high = min_i32(low + quarter, high);
   }
   return low;
 }
 
 // The same where the answer is near `low`: steps from there grow fourfold.
-template <class Value>
-FI_HOST_DEVICE int32_t last_at_most_near(int32_t low, int32_t high, int64_t limit,
+template <class Limit, class Value>
+FI_HOST_DEVICE int32_t last_at_most_near(int32_t low, int32_t high, Limit limit,
                                          const Value& value) {
   int32_t step = 1;
-  while (low + step < high && value(low + step) <= limit) {
+  FI_ROLLED while (low + step < high && value(low + step) <= limit) {
     low += step;
     step *= 4;
   }
   return last_at_most(low, min_i32(low + step, high), limit, value);
+}
+
+FI_HOST_DEVICE inline int32_t count_bits(uint32_t word) {
+#if defined(__CUDA_ARCH__)
+  return __popc(word);
+#else
+  return __builtin_popcount(word);
+#endif
+}
+
+// Number of the lowest bit that is set; there is one.
+FI_HOST_DEVICE inline int32_t lowest_bit(uint32_t word) {
+#if defined(__CUDA_ARCH__)
+  return __ffs(static_cast<int32_t>(word)) - 1;
+#else
+  return __builtin_ctz(word);
+#endif
 }
 
 struct alignas(16) Quad {
@@ -64,10 +83,12 @@ FI_HOST_DEVICE void store_run(T* to, const T (&values)[kCount]) {
   }
 }
 
-// What is summed over row tiles. mapped(): each member through a function.
-template <bool kInvariant>
+// What is summed over row tiles. kIsWords: two sums of 32 bits, for which scans have a shorter way.
+// mapped(): each member through a function.
+template <class Cost>
 struct TileSums {
-  int64_t cost = 0;
+  static constexpr bool kIsWords = sizeof(Cost) == 4;
+  Cost cost = 0;
   int32_t tiles = 0;
 
   FI_HOST_DEVICE void add_pieces(int32_t, int32_t) {}
@@ -81,8 +102,9 @@ struct TileSums {
   }
 };
 
-template <>
-struct TileSums<true> {
+// The same in batch-invariant mode.
+struct ChunkSums {
+  static constexpr bool kIsWords = false;
   int64_t cost = 0;
   int64_t pieces = 0;  // items << 32 | partial rows
   int32_t tiles = 0;
@@ -91,10 +113,10 @@ struct TileSums<true> {
     pieces += (static_cast<int64_t>(items) << 32) | (items > 1 ? items * num_rows : 0);
   }
   template <class Map>
-  FI_HOST_DEVICE TileSums mapped(const Map& map) const {
+  FI_HOST_DEVICE ChunkSums mapped(const Map& map) const {
     return {map(cost), map(pieces), map(tiles)};
   }
-  FI_HOST_DEVICE void operator+=(const TileSums& other) {
+  FI_HOST_DEVICE void operator+=(const ChunkSums& other) {
     cost += other.cost;
     pieces += other.pieces;
     tiles += other.tiles;
@@ -103,6 +125,7 @@ struct TileSums<true> {
 
 // What is summed over spans.
 struct SpanSums {
+  static constexpr bool kIsWords = true;
   int32_t items = 0;
   int32_t rows = 0;  // partial ones
 
@@ -118,6 +141,7 @@ struct SpanSums {
 
 // A "sum" that is a maximum, of numbers from 0 on.
 struct Latest {
+  static constexpr bool kIsWords = false;
   int32_t token = 0;
 
   template <class Map>
@@ -127,9 +151,11 @@ struct Latest {
   FI_HOST_DEVICE void operator+=(const Latest& other) { token = max_i32(token, other.token); }
 };
 
-// A row tile of one KV head. `tile` counts as in Scratch.
+// A row tile of one KV head of a request whose tiles begin at `first`, counted as in Scratch.
 struct Place {
-  int32_t request, head, tile;
+  int32_t request, head, first;
+  int32_t count;  // tiles of the request
+  int32_t index;  // of this one
 };
 
 // One work item to be: KV steps [step_begin, step_end) of a row tile; step_end -1: to its end.

@@ -92,4 +92,35 @@ FI_HOST_DEVICE inline int32_t quotient_of(int64_t a, int64_t b) {
   }
 }
 
+// 1 / value, to within 2^-22 of itself.
+FI_HOST_DEVICE inline float reciprocal_of(float value) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+#else
+  return 1.0f / value;
+#endif
+}
+
+struct Quotient32 {
+  int32_t quotient;
+  uint32_t remainder;
+};
+
+// (a * factor + rest) / b where the quotient is below 2^16, for a, b < 2^31 and b > 0; the dividend
+// may have more than 32 bits. The guess is too small rather than too large, by less than one, and
+// what it leaves is below 2 b: right modulo 2^32 is right.
+FI_HOST_DEVICE inline Quotient32 small_quotient(uint32_t a, int32_t factor, int32_t rest,
+                                                int32_t b) {
+  constexpr float kLess = 1.0f - 1.0f / (1 << 18);
+  const float dividend =
+      static_cast<float>(a) * static_cast<float>(factor) + static_cast<float>(rest);
+  const float inverse = reciprocal_of(static_cast<float>(b)) * kLess;
+  const auto guess = static_cast<int32_t>(dividend * inverse);
+  const uint32_t left = a * factor + rest - static_cast<uint32_t>(guess) * b;
+  const bool is_low = left >= static_cast<uint32_t>(b);
+  return {guess + is_low, left - (is_low ? b : 0)};
+}
+
 }  // namespace fi
