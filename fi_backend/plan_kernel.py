@@ -134,8 +134,8 @@ def scratch_bytes(config: _core.PlanConfig, layout: _core.PlanLayout) -> int:
 
 def _shape(params: _core.PlanKernelParams, layout: _core.PlanLayout) -> tuple[int, int]:
     """Return the threads of a CTA and the requests of each: cuts in one round, usually all else."""
-    # Sums over pieces take registers that four requests at a time would need.
-    most = 1 if params.is_invariant else _MOST_PER_THREAD
+    # With a window or chunks a tile's cost takes branches: no four of them side by side.
+    most = _MOST_PER_THREAD if params.from_start else 1
     wanted = max(layout.num_ctas + 1, -(-params.max_requests // most), _MIN_THREADS)
     threads = min(-(-wanted // _WARP) * _WARP, _MAX_THREADS)
     return threads, 1 if params.max_requests <= threads else most

@@ -123,6 +123,9 @@ class FiberBlock {
 
   int32_t thread() const { return thread_; }
   int32_t num_threads() const { return fibers_.count; }
+  int32_t num_lanes() const { return std::min(kWarp, fibers_.count); }
+  int32_t lane() const { return thread_ % num_lanes(); }
+  int32_t warp() const { return thread_ / num_lanes(); }
   int32_t cta() const { return cta_; }
   int32_t num_ctas() const { return num_ctas_; }
   int32_t times_ctas(int32_t n) const { return n * num_ctas_; }
@@ -152,12 +155,12 @@ class FiberBlock {
 
   uint32_t warp_scan(uint32_t value) {
     const int32_t* lanes = gather(static_cast<int32_t>(value));
-    return std::accumulate(lanes, lanes + thread_ % num_lanes() + 1, 0u);
+    return std::accumulate(lanes, lanes + lane() + 1, 0u);
   }
 
   int32_t last_before(bool is_marked, int32_t value) {
     const int32_t* lanes = gather(is_marked ? value : kUnmarked);
-    for (int32_t t = thread_ % num_lanes() - 1; t >= 0; --t) {
+    for (int32_t t = lane() - 1; t >= 0; --t) {
       if (lanes[t] != kUnmarked) return lanes[t];
     }
     return 0x7bcdef;
@@ -184,15 +187,13 @@ class FiberBlock {
  private:
   static constexpr int32_t kUnmarked = -0x7bcdef;
 
-  int32_t num_lanes() const { return std::min(kWarp, fibers_.count); }
-
   // The values of all lanes, which call it together.
   const int32_t* gather(int32_t value) {
     auto& lanes = memory_.lanes[lanes_turn_];
     lanes_turn_ ^= 1;
     lanes[thread_] = value;
     fibers_.wait(kAtWarpBarrier);
-    return &lanes[thread_ / num_lanes() * num_lanes()];
+    return &lanes[warp() * num_lanes()];
   }
 
   Fibers& fibers_;

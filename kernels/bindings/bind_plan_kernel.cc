@@ -99,8 +99,8 @@ void bind_plan_kernel(py::module_& m) {
       .def_readonly("max_row_tiles", &PlanKernelParams::max_row_tiles)
       .def_property_readonly(
           "is_invariant", [](const PlanKernelParams& self) { return self.tiling.chunk.value > 0; })
-      .def_property_readonly(
-          "num_classes", [](const PlanKernelParams& self) { return self.tiling.num_classes; })
+      .def_property_readonly("num_classes",
+                             [](const PlanKernelParams& self) { return self.tiling.num_classes; })
       .def_property_readonly("from_start", &sees_from_start)
       .def_property_readonly("is_narrow", &is_narrow)
       .def_property_readonly(

@@ -264,13 +264,13 @@ def test_a_huge_capacity_plans_in_global_memory() -> None:
         ("sm_90a", 128, "true", "1, 1, false, true, true"),
         ("sm_90a", 416, "true", "4, 1, false, true, true"),
         ("sm_90a", 288, "true", "4, 3, false, true, true"),
-        ("sm_90a", 512, "false", "4, 4, false, false, true"),
+        ("sm_90a", 512, "false", "1, 4, false, false, true"),
         ("sm_90a", 512, "false", "4, 3, false, true, false"),
-        ("sm_90a", 512, "true", "4, 3, false, false, false"),
+        ("sm_90a", 512, "true", "1, 3, false, false, false"),
         ("sm_90a", 512, "true", "1, 3, true, false, false"),
         ("sm_80", 512, "false", "1, 3, true, false, false"),
         ("sm_80", 512, "true", "4, 3, false, true, true"),
-        ("sm_120a", 288, "true", "4, 3, false, false, true"),
+        ("sm_120a", 288, "true", "1, 3, false, false, true"),
     ],
 )
 def test_compiles_without_spills(arch: str, threads: int, in_shared: str, mode: str) -> None:

@@ -19,20 +19,21 @@ struct BlockMemory {
   Words words[3][kWarps + 1];  // see scan_words()
   uint32_t bits[3];
   int32_t marks[kThreads];
-  int32_t parameters[32];
+  int32_t parameters[16];
 };
 
 // The number of CTAs is a power of two.
 template <int32_t kThreads>
 class CudaBlock {
  public:
-  static constexpr int32_t kWarp = 32;
-
   __device__ explicit CudaBlock(BlockMemory<kThreads>* memory)
       : memory_(memory), log_ctas_(31 - __clz(static_cast<int32_t>(gridDim.x))) {}
 
   __device__ int32_t thread() const { return static_cast<int32_t>(threadIdx.x); }
   __device__ static constexpr int32_t num_threads() { return kThreads; }
+  __device__ static constexpr int32_t num_lanes() { return 32; }
+  __device__ int32_t lane() const { return static_cast<int32_t>(threadIdx.x % 32); }
+  __device__ int32_t warp() const { return static_cast<int32_t>(threadIdx.x / 32); }
   __device__ int32_t cta() const { return static_cast<int32_t>(blockIdx.x); }
   __device__ int32_t num_ctas() const { return static_cast<int32_t>(gridDim.x); }
   __device__ int32_t times_ctas(int32_t n) const { return n << log_ctas_; }
@@ -45,16 +46,22 @@ class CudaBlock {
   //
   // Reads a word of each 64 bytes of the parameters, which a launch leaves outside the constant
   // cache: to be called while other loads are under way, instead of missing one line after another
-  // where they are needed. The store keeps the compiler from dropping it.
+  // where they are needed. A warp for each line: a warp's own misses follow one another. The store
+  // keeps the compiler from dropping the load.
   template <int32_t kParamBytes>
   __device__ void prepare(const PlanKernelParams& p) const {
     constexpr int32_t kLine = 64 / sizeof(int32_t), kLines = (kParamBytes + 63) / 64;
-    static_assert(kLines <= 32);
+    static_assert(kLines <= 16);
     memory_->marks[thread()] = -1;
     if (thread() < 3 * (kWarps + 1)) memory_->words[0][thread()] = {};
     if (thread() < 3) memory_->bits[thread()] = 0;
-    if (thread() < kLines) {
-      memory_->parameters[thread()] = reinterpret_cast<const int32_t*>(&p)[thread() * kLine];
+    int32_t first;  // through an instruction that is not moved before the other loads
+    asm volatile("mov.b32 %0, %1;" : "=r"(first) : "r"(warp()) : "memory");
+#pragma unroll
+    for (int32_t line = 0; line < kLines; line += kWarps) {
+      if (first + line >= kLines) break;
+      const int32_t word = reinterpret_cast<const int32_t*>(&p)[(first + line) * kLine];
+      if (lane() == 0) memory_->parameters[first + line] = word;
     }
     __syncthreads();
   }
@@ -73,15 +80,15 @@ class CudaBlock {
 #pragma unroll
     for (int32_t offset = 1; offset < 32; offset *= 2) {
       const uint32_t before = __shfl_up_sync(~0u, value, offset);
-      if (thread() % 32 >= offset) value += before;
+      if (lane() >= offset) value += before;
     }
     return value;
   }
 
   // Value of the last marked lane before this one; unspecified if there is none.
   __device__ int32_t last_before(bool is_marked, int32_t value) const {
-    const uint32_t marked = __ballot_sync(~0u, is_marked), lane = threadIdx.x % 32;
-    return __shfl_sync(~0u, value, 31 - __clz(marked & ((1u << lane) - 1)));
+    const uint32_t marked = __ballot_sync(~0u, is_marked), before = (1u << lane()) - 1;
+    return __shfl_sync(~0u, value, 31 - __clz(marked & before));
   }
 
   // Sum over the threads before this one; *total: over all. ORs *bits, if given, over all.
@@ -112,7 +119,7 @@ class CudaBlock {
 #pragma unroll
     for (int32_t offset = 1; offset < 32; offset *= 2) {
       const Sums before = here.mapped(ShuffleUp{offset});
-      if (thread() % 32 >= offset) here += before;
+      if (lane() >= offset) here += before;
     }
     return here;
   }
@@ -121,18 +128,17 @@ class CudaBlock {
   // lanes, and nothing but a load is left to do after the barrier. Bits are rare.
   template <class Sums>
   __device__ Sums scan_words(const Sums& value, Sums* total, int32_t* bits) {
-    const int32_t lane = thread() % 32, warp = thread() / 32, turn = words_turn_;
+    const int32_t turn = words_turn_;
     const auto words = __builtin_bit_cast(Words, value);
     const Words sum{__reduce_add_sync(~0u, words.first), __reduce_add_sync(~0u, words.second)};
-    if (warp < lane && lane <= kWarps) {
-      atomicAdd(&memory_->words[turn][lane].first, sum.first);
-      atomicAdd(&memory_->words[turn][lane].second, sum.second);
+    if (warp() < lane() && lane() <= kWarps) {
+      atomicAdd(&memory_->words[turn][lane()].first, sum.first);
+      atomicAdd(&memory_->words[turn][lane()].second, sum.second);
     }
     if (bits && *bits != 0) atomicOr(&memory_->bits[turn], static_cast<uint32_t>(*bits));
-    Sums before = scan_warp(value).mapped(ShuffleUp{1});
-    if (lane == 0) before = {};
+    const Words through{warp_scan(words.first), warp_scan(words.second)};
     __syncthreads();
-    before += __builtin_bit_cast(Sums, memory_->words[turn][warp]);
+    const Words before = memory_->words[turn][warp()];
     *total = __builtin_bit_cast(Sums, memory_->words[turn][kWarps]);
     if (bits) *bits = static_cast<int32_t>(memory_->bits[turn]);
     // Three arrays take turns. That of the last scan was read before this barrier, and is added to
@@ -141,7 +147,8 @@ class CudaBlock {
     const int32_t last = turn == 0 ? 2 : turn - 1;
     if (thread() <= kWarps) memory_->words[last][thread()] = {};
     if (thread() == 0) memory_->bits[last] = 0;
-    return before;
+    return __builtin_bit_cast(Sums, Words{before.first + through.first - words.first,
+                                          before.second + through.second - words.second});
   }
 
   // Any sums: the warps' are added one by one.
@@ -156,19 +163,18 @@ class CudaBlock {
     // the barrier of the scan between, and so has everyone who read it.
     Warp* warps = reinterpret_cast<Warp*>(memory_->warps[turn_]);
     turn_ ^= 1;
-    const int32_t lane = thread() % 32, warp = thread() / 32;
     const Sums here = scan_warp(value);
     const int32_t warp_bits = bits ? __reduce_or_sync(~0u, *bits) : 0;
-    if (lane == 31) warps[warp] = {here, warp_bits};
+    if (lane() == 31) warps[warp()] = {here, warp_bits};
     Sums before = here.mapped(ShuffleUp{1});
-    if (lane == 0) before = {};
+    if (lane() == 0) before = {};
     __syncthreads();
     Sums warps_before{}, all{};
     int32_t all_bits = 0;
 #pragma unroll
     for (int32_t w = 0; w < kWarps; ++w) {
       const Warp other = warps[w];
-      if (w < warp) warps_before += other.sums;
+      if (w < warp()) warps_before += other.sums;
       all += other.sums;
       all_bits |= other.bits;
     }

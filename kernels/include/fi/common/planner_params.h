@@ -85,8 +85,8 @@ struct PlanKernelParams {
   planner::ScratchLayout scratch_layout;
   void* scratch;  // total_bytes of that for each CTA, where shared memory does not hold them
   // The step.
-  void* plan;       // layout.total_bytes, 16-byte aligned
-  int32_t* status;  // PlanStatus bits of failing steps are OR-ed in; null: not wanted
+  void* plan;                  // layout.total_bytes, 16-byte aligned
+  int32_t* status;             // PlanStatus bits of failing steps are OR-ed in; null: not wanted
   planner::WideDivisors wide;  // last: few kernels read them
 };
 

@@ -59,6 +59,14 @@ FI_HOST_DEVICE inline int32_t lowest_bit(uint32_t word) {
 #endif
 }
 
+// True in the one CTA that writes record `index` of an array that all CTAs know: runs of records go
+// round the CTAs.
+template <class Block>
+FI_HOST_DEVICE bool owns(const Block& block, int32_t index) {
+  const int32_t run = index >> 5;
+  return run - block.times_ctas(block.over_ctas(run)) == block.cta();
+}
+
 struct alignas(16) Quad {
   int32_t x, y, z, w;
 };
