@@ -116,6 +116,74 @@ def test_steps_of_serving_size(
     assert_same(case, plan_on_host(case), got)
 
 
+def steps_of(base: PlanCase, q_lens: list[int], kv_lens: list[int]) -> PlanCase:
+    indptr = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
+    return dataclasses.replace(
+        base, num_requests=len(q_lens), qo_indptr=indptr, kv_len=np.array(kv_lens, np.int32)
+    )
+
+
+# Query tokens of requests by their index: fibers have warps of four, which spread two of them.
+LARGE = {
+    "one": {17: 1024},
+    "the first and the last": {0: 300, 39: 33},
+    "two of a warp": {8: 100, 11: 260},
+    "three of a warp": {8: 100, 9: 70, 11: 260},
+    "two of a thread": {20: 90, 22: 64},
+    "one of many tiles": {5: 3000},
+    "everywhere": dict.fromkeys(range(40), 40),
+    "among requests of no tokens": {4: 100, 5: 0, 6: 0, 7: 0, 39: 0},
+}
+
+
+@pytest.mark.parametrize("per_thread", [1, 4])
+@pytest.mark.parametrize("band", [(-1, 0, 0), (-1, -1, 0), (-1, 5, 0), (150, 0, 4)], ids=str)
+@pytest.mark.parametrize("name", LARGE)
+def test_large_requests_spread_over_their_tiles(
+    fibers: ctypes.CDLL, name: str, band: tuple[int, int, int], per_thread: int
+) -> None:
+    q_lens = [LARGE[name].get(r, 1) for r in range(40)]
+    base = dataclasses.replace(DECODES, name=name, band=band, capacity=(40, 4096, 131_072))
+    case = steps_of(base, q_lens, [q + 61 * r for r, q in enumerate(q_lens)])
+    for is_narrow in (True, False):
+        if not is_narrow:  # the same step where the costs of others would not fit
+            case = dataclasses.replace(case, capacity=(40, 1 << 20, 131_072))
+        config = case.config()
+        assert _core.PlanKernelParams(config, config.layout()).is_narrow == is_narrow
+        for threads, is_descending in ((40, False), (64, True), (8, True)):
+            launch = Launch(2, threads, per_thread, is_descending)
+            got, _ = plan_on_fibers(fibers, case, launch)
+            assert_same(case, plan_on_host(case), got)
+
+
+@pytest.mark.parametrize(("c_tile", "is_narrow"), [(818, True), (820, False)])
+def test_costs_on_both_sides_of_32_bits(fibers: ctypes.CDLL, c_tile: int, is_narrow: bool) -> None:
+    base = dataclasses.replace(
+        DECODES, num_ctas=396, classes=[(16, 64, 290, c_tile)], capacity=(1024, 1024, 131_072)
+    )
+    draw = Random(c_tile)
+    config = base.config()
+    assert _core.PlanKernelParams(config, config.layout()).is_narrow == is_narrow
+    full = [131_072] * 1024
+    for kv_lens in (full, [draw.randint(100_000, 131_072) for _ in range(1024)], full[:1]):
+        case = steps_of(base, [1] * len(kv_lens), kv_lens)
+        got, _ = plan_on_fibers(fibers, case, Launch(2, 416, 4))
+        assert_same(case, plan_on_host(case), got)
+
+
+@pytest.mark.parametrize("planner_ctas", [1, 2, 7, 16])
+@pytest.mark.parametrize("num_ctas", [1, 2, 33, 400])
+def test_spans_meet_the_runs_of_every_cta(
+    fibers: ctypes.CDLL, num_ctas: int, planner_ctas: int
+) -> None:
+    base = dataclasses.replace(DECODES, num_ctas=num_ctas, capacity=(64, 64, 131_072))
+    for kv_lens in ([900] * 64, [1, 131_072, 1, 1, 64, 65], [5], [*range(0, 6400, 100)]):
+        case = steps_of(base, [1] * len(kv_lens), kv_lens)
+        for threads in (4, 32):
+            got, _ = plan_on_fibers(fibers, case, Launch(planner_ctas, threads))
+            assert_same(case, plan_on_host(case), got)
+
+
 @pytest.mark.parametrize("per_thread", [1, 4])
 @pytest.mark.parametrize("num_threads", [1, 2, 8])
 @pytest.mark.parametrize(
@@ -163,6 +231,7 @@ class NoDevice:
 
     def launch(self, _: object, params: object, grid: int, threads: int, stream: int) -> None:
         assert stream == 77
+        assert grid in (1, 2, 4, 8)
         run_params(self.library, params, Launch(grid, threads, 4))
 
 

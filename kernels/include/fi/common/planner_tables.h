@@ -60,11 +60,14 @@ class StepTables {
 
   // Without branches: later work shall not get in between loads.
   FI_HOST_DEVICE RawLength load_kv_len(int32_t r, bool exists) const {
-    const int32_t wide = p.kv_len_is_int64 ? 1 : 0;
-    const int32_t* words = static_cast<const int32_t*>(p.kv_len) + (int64_t{r} << wide);
+    const bool is_wide = p.kv_len_is_int64 != 0;
+    const uint32_t stride = is_wide ? sizeof(int64_t) : sizeof(int32_t);
+    const uint64_t offset = static_cast<uint64_t>(static_cast<uint32_t>(r)) * stride;
+    const void* at = static_cast<const char*>(p.kv_len) + offset;
+    const int32_t* words = static_cast<const int32_t*>(at);
     RawLength length{0, 0};
     if (exists) length.low = words[0];
-    if (exists && wide) length.high = words[1];
+    if (exists && is_wide) length.high = words[1];
     return length;
   }
 
@@ -151,12 +154,11 @@ class StepTables {
   FI_HOST_DEVICE int32_t take_lengths(int32_t r0, const Lengths& lengths,
                                       Requests* requests) const {
     const auto max_tokens = static_cast<uint32_t>(p.max_tokens);
-    bool is_odd = static_cast<uint32_t>(lengths.tokens[0]) > max_tokens ||
-                  (r0 == 0 && lengths.tokens[0] != 0);
+    bool is_odd = static_cast<uint32_t>(lengths.tokens[0]) > (r0 == 0 ? 0 : max_tokens);
     for (int32_t i = 0; i < kPerThread; ++i) {
       const int32_t begin = lengths.tokens[i], end = lengths.tokens[i + 1];
       const bool exists = r0 + i < num_requests_;
-      is_odd |= exists && (end < begin || static_cast<uint32_t>(end) > max_tokens);
+      is_odd |= exists & ((end < begin) | (static_cast<uint32_t>(end) > max_tokens));
       is_odd |= !is_legal(lengths.kv_len[i]);
       requests->qo_begin[i] = begin;
       requests->q_len[i] = exists ? end - begin : 0;
