@@ -22,7 +22,8 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 class ModelShape:
     """The attention of a model, as far as kernels depend on it.
 
-    Windows are arguments of a launch: layers with and without one share their kernels.
+    Windows are arguments of a launch: layers with and without one share their attention
+    kernels.
 
     Attributes:
         heads: of the whole model.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
@@ -23,6 +24,8 @@ from fi_backend.plan_kernel import PlanKernel
 MAX_VERIFIED = 16
 # Multiprocessors of GPUs from L4 to RTX PRO 6000: a planner's threads follow from them.
 _NUM_SMS = (58, 78, 108, 132, 148, 188)
+# A planner's code depends on whether there is a window, not on its width.
+_BANDS = (_core.Band(-1, 0, 0), _core.Band(4095, 0, 0))
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,12 @@ def _planner_kernels(shape: ModelShape, serving: Serving) -> Iterator[DeviceKern
             serving.max_shared_bytes_per_sm,
         )
         is_general = q_len == serving.q_lens[-1]
-        for num_sms in _NUM_SMS:
+        for num_sms, band in product(_NUM_SMS, _BANDS):
             config = _core.PlanConfig(
                 num_qo_heads=heads.num_qo_heads,
                 num_kv_heads=heads.num_kv_heads,
                 num_ctas=num_sms * tiles.ctas_per_sm,
-                band=_core.Band(-1, 0, 0),
+                band=band,
                 invariant_chunk=0,
                 classes=tiles.classes,
                 capacity=_core.PlanCapacity(

@@ -13,35 +13,6 @@
 
 namespace fi::planner {
 
-// Last index in [low, high) whose value is at most `limit`; values ascend, the first one is and
-// value(high) is not. Three probes a round hide each other's latency: half the rounds of a binary
-// search.
-template <class Limit, class Value>
-FI_HOST_DEVICE int32_t last_at_most(int32_t low, int32_t high, Limit limit, const Value& value) {
-  FI_ROLLED while (high - low > 1) {
-    const int32_t quarter = (high - low + 3) >> 2;
-    const int32_t first = low + quarter, second = min_i32(first + quarter, high);
-    const int32_t third = min_i32(second + quarter, high);
-    const bool one = value(first) <= limit, two = value(second) <= limit;
-    const bool three = value(third) <= limit;
-    low = three ? third : two ? second : one ? first : low;
-    high = min_i32(low + quarter, high);
-  }
-  return low;
-}
-
-// The same where the answer is near `low`: steps from there grow fourfold.
-template <class Limit, class Value>
-FI_HOST_DEVICE int32_t last_at_most_near(int32_t low, int32_t high, Limit limit,
-                                         const Value& value) {
-  int32_t step = 1;
-  FI_ROLLED while (low + step < high && value(low + step) <= limit) {
-    low += step;
-    step *= 4;
-  }
-  return last_at_most(low, min_i32(low + step, high), limit, value);
-}
-
 FI_HOST_DEVICE inline int32_t count_bits(uint32_t word) {
 #if defined(__CUDA_ARCH__)
   return __popc(word);
@@ -57,6 +28,44 @@ FI_HOST_DEVICE inline int32_t lowest_bit(uint32_t word) {
 #else
   return __builtin_ctz(word);
 #endif
+}
+
+// Number of the highest bit that is set; there is one.
+FI_HOST_DEVICE inline int32_t highest_bit(uint32_t word) {
+#if defined(__CUDA_ARCH__)
+  return 31 - __clz(static_cast<int32_t>(word));
+#else
+  return 31 - __builtin_clz(word);
+#endif
+}
+
+// Last index in [low, high) whose value is at most `limit`; values ascend, the first one is and
+// value(high) is not. Three probes a round hide each other's latency: half the rounds of a binary
+// search. Strides are powers of four, so that they are known before the round.
+template <class Limit, class Value>
+FI_HOST_DEVICE int32_t last_at_most(int32_t low, int32_t high, Limit limit, const Value& value) {
+  if (high - low <= 1) return low;
+  FI_ROLLED for (int32_t stride = 1 << (highest_bit(high - low - 1) & ~1); stride > 0;
+                 stride >>= 2) {
+    const int32_t first = min_i32(low + stride, high), second = min_i32(low + 2 * stride, high);
+    const int32_t third = min_i32(low + 3 * stride, high);
+    const bool one = value(first) <= limit, two = value(second) <= limit;
+    const bool three = value(third) <= limit;
+    low = three ? third : two ? second : one ? first : low;
+  }
+  return low;
+}
+
+// The same where the answer is near `low`: steps from there grow fourfold.
+template <class Limit, class Value>
+FI_HOST_DEVICE int32_t last_at_most_near(int32_t low, int32_t high, Limit limit,
+                                         const Value& value) {
+  int32_t step = 1;
+  FI_ROLLED while (low + step < high && value(low + step) <= limit) {
+    low += step;
+    step *= 4;
+  }
+  return last_at_most(low, min_i32(low + step, high), limit, value);
 }
 
 // True in the one CTA that writes record `index` of an array that all CTAs know: runs of records go
