@@ -199,7 +199,9 @@ class StepPlanner {
 
   // Item number `item`, which lies in span c.
   FI_HOST_DEVICE Piece piece_at(int32_t c, int32_t item) const {
+    const int32_t num_ctas = p.num_ctas.value;
     const Cut begin = s.cuts[c], end = s.cuts[c + 1];
+    const int32_t tile_after = s.cuts[min_i32(c + 2, num_ctas)].tile;
     const int32_t tile = begin.tile + item - begin.items;
     const bool is_first = item == begin.items, is_front = tile == end.tile;
     Piece piece{place_of(tile), is_first ? begin.step : 0, is_front ? end.step : -1, -1, 0};
@@ -209,10 +211,13 @@ class StepPlanner {
       piece.partial_row = begin.rows;
     }
     if (is_front && piece.step_begin == 0) {
-      // The tile's last piece opens the span of the last cut inside it.
-      const int32_t last = last_at_most_near(c + 1, p.num_ctas.value, tile,
-                                             [&](int32_t i) { return s.cuts[i].tile; });
-      piece.num_splits = s.cuts[last].items - item + 1;
+      // The tile's last piece opens the span of the last cut inside it: this one, most often.
+      int32_t last_item = end.items;
+      if (tile_after <= tile) {
+        const auto tile_of = [&](int32_t i) { return s.cuts[i].tile; };
+        last_item = s.cuts[last_at_most_near(c + 2, num_ctas, tile, tile_of)].items;
+      }
+      piece.num_splits = last_item - item + 1;
     }
     return piece;
   }
