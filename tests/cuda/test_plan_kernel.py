@@ -30,6 +30,12 @@ SERVING = PlanCase(
     qo_indptr=np.arange(1025, dtype=np.int32),
     kv_len=np.full(1024, 131_072, np.int32),
 )
+# With the costs of a GPU's tiles, those of one KV head fit in 32 bits.
+NARROW = dataclasses.replace(
+    SERVING,
+    num_ctas=396,
+    classes=[(16, 64, 290, 190), (64, 64, 220, 240), (128, 64, 150, 400)],
+)
 
 
 def on_device(case: PlanCase) -> PagedBatch:
@@ -52,13 +58,13 @@ def stream() -> int:
     return torch.cuda.current_stream().cuda_stream
 
 
-def random_serving(seed: int, most_query_tokens: int) -> PlanCase:
-    """1,024 requests of up to 131,072 tokens within the capacity of SERVING."""
+def random_serving(seed: int, most_query_tokens: int, base: PlanCase = SERVING) -> PlanCase:
+    """1,024 requests of up to 131,072 tokens within the capacity of `base`."""
     draw = Random(seed)
     kv = np.array([draw.randint(0, 131_072) for _ in range(1024)], np.int32)
     q = [draw.randint(0, min(int(k), most_query_tokens)) for k in kv]
     indptr = np.concatenate([[0], np.cumsum(q)]).astype(np.int32)
-    return dataclasses.replace(SERVING, name=f"serving-{seed}", qo_indptr=indptr, kv_len=kv)
+    return dataclasses.replace(base, name=f"serving-{seed}", qo_indptr=indptr, kv_len=kv)
 
 
 @pytest.mark.parametrize("first", range(0, 400, 50))
@@ -76,11 +82,33 @@ def test_random_steps_give_the_bytes_of_the_host(first: int) -> None:
         assert status.item() == header["status"], case
 
 
+@pytest.mark.parametrize("base", [SERVING, NARROW], ids=["wide", "narrow"])
 @pytest.mark.parametrize("most_query_tokens", [1, 8, 15])
-def test_steps_of_serving_size(most_query_tokens: int) -> None:
-    planner = planner_of(SERVING)
+def test_steps_of_serving_size(most_query_tokens: int, base: PlanCase) -> None:
+    planner = planner_of(base)
     for seed in range(20):
-        case = random_serving(seed, most_query_tokens)
+        case = random_serving(seed, most_query_tokens, base)
+        plan = empty_plan(case)
+        planner.enqueue(on_device(case), plan, None, stream())
+        assert_same(case, plan_on_host(case, FILL), plan.cpu().numpy())
+
+
+@pytest.mark.parametrize("band", [(-1, 0, 0), (4095, 0, 4)], ids=str)
+@pytest.mark.parametrize("requests", [1, 256, 1024])
+def test_chunks_among_decodes(requests: int, band: tuple[int, int, int]) -> None:
+    base = dataclasses.replace(NARROW, band=band, capacity=(requests, 8192, 131_072))
+    planner = planner_of(base)
+    for seed in range(20):
+        draw = Random(seed)
+        q = [1] * requests
+        for _ in range(draw.choice([1, 1, 2, 5, 40])):  # a few are spread by their warps
+            q[draw.randrange(requests)] = draw.choice([30, 100, 160])
+        q[draw.randrange(requests)] = draw.choice([1, 1024, min(5000, 8192 - sum(q))])
+        if sum(q) > 8192:
+            continue
+        kv = np.array([draw.randint(k, 131_072) for k in q], np.int32)
+        indptr = np.concatenate([[0], np.cumsum(q)]).astype(np.int32)
+        case = dataclasses.replace(base, num_requests=requests, qo_indptr=indptr, kv_len=kv)
         plan = empty_plan(case)
         planner.enqueue(on_device(case), plan, None, stream())
         assert_same(case, plan_on_host(case, FILL), plan.cpu().numpy())

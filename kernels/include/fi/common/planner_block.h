@@ -50,7 +50,9 @@ class CudaBlock {
   // keeps the compiler from dropping the load.
   template <int32_t kParamBytes>
   __device__ void prepare(const PlanKernelParams& p) const {
-    constexpr int32_t kLine = 64 / sizeof(int32_t), kLines = (kParamBytes + 63) / 64;
+    // Parameters do not begin with a line: the last word may lie in one more.
+    constexpr int32_t kLine = 64 / sizeof(int32_t), kLines = (kParamBytes + 63) / 64 + 1;
+    constexpr int32_t kLastWord = kParamBytes / static_cast<int32_t>(sizeof(int32_t)) - 1;
     static_assert(kLines <= 16);
     memory_->marks[thread()] = -1;
     if (thread() < 3 * (kWarps + 1)) memory_->words[0][thread()] = {};
@@ -60,7 +62,8 @@ class CudaBlock {
 #pragma unroll
     for (int32_t line = 0; line < kLines; line += kWarps) {
       if (first + line >= kLines) break;
-      const int32_t word = reinterpret_cast<const int32_t*>(&p)[(first + line) * kLine];
+      const int32_t at = min_i32((first + line) * kLine, kLastWord);
+      const int32_t word = reinterpret_cast<const int32_t*>(&p)[at];
       if (lane() == 0) memory_->parameters[first + line] = word;
     }
     __syncthreads();
