@@ -42,26 +42,47 @@ __device__ inline bool arrive(int32_t* counter, int32_t expected) {
   return true;
 }
 
-// Running merge of one row's states, four components by one lane: fixed order, so equal bits on
-// every run.
-template <bool kSoftmax>
+// Running merge of one row's states, of kQuads times four components by one lane. States come in
+// batches: a batch is rescaled once, and its exponentials do not wait for each other. The order is
+// fixed, so bits are equal on every run.
+template <bool kSoftmax, int kQuads>
 struct RowMerge {
   float top = neg_infinity();
   float sum = 0.0f;
-  float4 total = {0.0f, 0.0f, 0.0f, 0.0f};
+  float4 total[kQuads] = {};
 
-  __device__ void add(float lse_log2, float4 o) {
-    float keep = 1.0f, take = 1.0f;
+  // The first `count` of kBatch states.
+  template <int kBatch>
+  __device__ void add(float (&lse_log2)[kBatch], const float4 (&o)[kBatch][kQuads], int count) {
+    float keep = 1.0f;
     if constexpr (kSoftmax) {
-      const float new_top = max_nan(top, lse_log2);  // a NaN state shows in the result
-      if (new_top == neg_infinity()) return;
-      keep = exp2_approx(top - new_top);
-      take = exp2_approx(lse_log2 - new_top);
-      sum = sum * keep + take;
+      float new_top = top;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (i >= count) lse_log2[i] = neg_infinity();
+        new_top = max_nan(new_top, lse_log2[i]);  // a NaN state shows in the result
+      }
+      const float base = new_top == neg_infinity() ? 0.0f : new_top;  // nothing seen: weights of 0
+      keep = exp2_approx(top - base);
+      sum *= keep;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        lse_log2[i] = exp2_approx(lse_log2[i] - base);  // the state's weight from here on
+        sum += lse_log2[i];
+      }
       top = new_top;
     }
-    total = {total.x * keep + o.x * take, total.y * keep + o.y * take, total.z * keep + o.z * take,
-             total.w * keep + o.w * take};
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      float4& t = total[q];
+      t = {t.x * keep, t.y * keep, t.z * keep, t.w * keep};
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (i >= count) continue;
+        const float w = kSoftmax ? lse_log2[i] : 1.0f;
+        t = {t.x + w * o[i][q].x, t.y + w * o[i][q].y, t.z + w * o[i][q].z, t.w + w * o[i][q].w};
+      }
+    }
   }
 
   __device__ float inverse_sum() const {
@@ -72,35 +93,5 @@ struct RowMerge {
     return sum == 0.0f ? neg_infinity() : top + log2_approx(sum);
   }
 };
-
-// Adds `count` states to each of kPairs rows, in order: state i of pair j lies at row
-// first[j] + i * stride of the partial buffers. kPairs * kBatch are fetched at a time: one after
-// the other would cost an L2 latency each.
-template <int kPairs, int kBatch, int kHeadDimVo, bool kSoftmax>
-__device__ inline void add_states(const KernelParams& p, const int64_t (&first)[kPairs], int count,
-                                  int stride, const int (&d)[kPairs],
-                                  RowMerge<kSoftmax> (&merge)[kPairs]) {
-  for (int begin = 0; begin < count; begin += kBatch) {
-    float lse[kBatch][kPairs];
-    float4 o[kBatch][kPairs];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-#pragma unroll
-      for (int j = 0; j < kPairs; ++j) {
-        // Past the last one: the last one again, and not used.
-        const int64_t at = first[j] + static_cast<int64_t>(min_i32(begin + i, count - 1)) * stride;
-        lse[i][j] = kSoftmax ? __ldcg(p.partial_lse + at) : 0.0f;
-        o[i][j] = __ldcg(reinterpret_cast<const float4*>(p.partial_o + at * kHeadDimVo + d[j]));
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-#pragma unroll
-      for (int j = 0; j < kPairs; ++j) {
-        if (begin + i < count) merge[j].add(lse[i][j], o[i][j]);
-      }
-    }
-  }
-}
 
 }  // namespace fi

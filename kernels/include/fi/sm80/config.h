@@ -47,6 +47,11 @@ struct Shape {
 // one chunk column then fall into different banks, for ldmatrix and its transposed form alike.
 FI_HOST_DEVICE constexpr int row_pitch(int row_bytes) { return (row_bytes / 16 | 1) * 16; }
 FI_HOST_DEVICE constexpr int max_int(int a, int b) { return a > b ? a : b; }
+template <class... Ints>
+FI_HOST_DEVICE constexpr int most_of(int first, Ints... others) {
+  ((first = max_int(first, others)), ...);
+  return first;
+}
 FI_HOST_DEVICE constexpr int min_int(int a, int b) { return a < b ? a : b; }
 
 // Shared memory of one CTA: byte offsets from its start.

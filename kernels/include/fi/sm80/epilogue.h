@@ -1,4 +1,4 @@
-// From a finished item to memory: the final output, a partial state, or a merge.
+// From a finished item to memory: the final output or a partial state.
 #pragma once
 
 #include "fi/attention/partial_state.h"
@@ -6,25 +6,18 @@
 
 namespace fi::sm80 {
 
-// kCount consecutive components of a row of `out`, the first at element `at`.
+// kCount consecutive components of a row, in the type of `out`.
 template <class S, int kCount>
-__device__ inline void store_out(const KernelParams& p, int64_t at, const float (&x)[kCount]) {
-  using Element = typename S::Element;
-  if (p.out_is_float32) {
-    float* out = static_cast<float*>(p.out) + at;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) out[i] = x[i];
-    return;
-  }
-  Element* out = static_cast<Element*>(p.out) + at;
+__device__ inline void store_elements(typename S::Element* to, const float (&x)[kCount]) {
+  using Ops = ElementOps<typename S::Element>;
   if constexpr (S::kAligned) {
 #pragma unroll
     for (int i = 0; i < kCount; i += 2) {
-      reinterpret_cast<uint32_t*>(out)[i / 2] = ElementOps<Element>::pack(x[i], x[i + 1]);
+      reinterpret_cast<uint32_t*>(to)[i / 2] = Ops::pack(x[i], x[i + 1]);
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) out[i] = ElementOps<Element>::from_float(x[i]);
+    for (int i = 0; i < kCount; ++i) to[i] = Ops::from_float(x[i]);
   }
 }
 
@@ -44,9 +37,9 @@ class RowWriter {
     if constexpr (V::kSoftmax) fi::write_lse(p_, row_.token, row_.q_head, final_.lse_log2);
   }
 
-  // Components d, d + 1, ... of the row's o.
+  // Components d, d + 1, ... of the row's o become those of the output.
   template <int kCount>
-  __device__ void write(int d, float (&x)[kCount]) const {
+  __device__ void finish(int d, float (&x)[kCount]) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       x[i] *= factor_;
@@ -56,7 +49,18 @@ class RowWriter {
         }
       }
     }
-    store_out<S>(p_, at_ + d, x);
+  }
+
+  // Finished components to memory.
+  template <int kCount>
+  __device__ void store(int d, const float (&x)[kCount]) const {
+    if (p_.out_is_float32) {
+      float* out = static_cast<float*>(p_.out) + at_ + d;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) out[i] = x[i];
+    } else {
+      store_elements<S>(static_cast<typename S::Element*>(p_.out) + at_ + d, x);
+    }
   }
 
  private:
@@ -115,11 +119,33 @@ __device__ inline RowSum finish_row(float row_max, float row_sum) {
   return {reciprocal(row_sum), row_max + log2_approx(row_sum)};  // NaN stays NaN
 }
 
-// Warps that split rows only: each holds whole rows in registers.
+// Whether finished rows can pass through the place of their queries, which are as wide and of the
+// same type, and which their warp alone has read.
+template <class S>
+constexpr bool kStagesRows = S::kAligned && S::kHeadDimVo <= S::kHeadDimQk;
+
+// Rows of a warp from the place of their queries to `out`, 16 bytes a lane: a lane's own components
+// are too short to fill sectors of memory.
+template <class S, class T>
+__device__ inline void copy_rows(const KernelParams& p, const VariantRow* rows, int first_row,
+                                 int num_rows, const char* smem_q) {
+  constexpr int kChunks = S::kHeadDimVo / 8;
+  constexpr int kCount = T::kRowBlocks * 16 * kChunks;
+  __syncwarp();
+#pragma unroll 8
+  for (int i = ptx::thread_index() % 32; i < kCount; i += 32) {
+    const int row = first_row + i / kChunks, chunk = i % kChunks;
+    auto* out = static_cast<typename S::Element*>(p.out) + rows[row].token * p.out_stride_token +
+                rows[row].q_head * p.out_stride_head;
+    const uint4 x = reinterpret_cast<const uint4*>(smem_q + row * kShared<S, T>.pitch_q)[chunk];
+    if (row < num_rows) reinterpret_cast<uint4*>(out)[chunk] = x;
+  }
+}
+
+// A partial state: o to `o`, whose rows are `pitch` floats apart, lse_log2 to `lse`.
 template <class S, class V, class T>
-__device__ inline void write_rows(const KernelParams& p, const WorkItem& item,
-                                  const VariantRow* rows, int first_row,
-                                  const WarpState<S, T>& state) {
+__device__ inline void write_state(int first_row, int num_rows, const WarpState<S, T>& state,
+                                   float* o, int pitch, float* lse) {
   const int lane = ptx::thread_index() % 32;
 #pragma unroll
   for (int b = 0; b < T::kRowBlocks; ++b) {
@@ -127,19 +153,120 @@ __device__ inline void write_rows(const KernelParams& p, const WorkItem& item,
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + b * 16 + half * 8 + lane / 4;
       const RowSum done = finish_row<V>(state.row_max[b][half], state.row_sum[b][half]);
-      if (row >= item.num_rows) continue;
-      if (item.partial_row >= 0) {
-        const int64_t at = item.partial_row + row;
-        if (V::kSoftmax && lane % 4 == 0) p.partial_lse[at] = done.lse_log2;
-        for_each_run<S>(state.o[b], half, [&](int d, float (&x)[kRun<S>]) {
-          for (float& value : x) value *= done.inverse;
-          store_floats(p.partial_o + at * S::kHeadDimVo + d, x);
-        });
-        continue;
-      }
+      if (row >= num_rows) continue;
+      if (V::kSoftmax && lane % 4 == 0) lse[row] = done.lse_log2;
+      for_each_run<S>(state.o[b], half, [&](int d, float (&x)[kRun<S>]) {
+        for (float& value : x) value *= done.inverse;
+        store_floats(o + row * pitch + d, x);
+      });
+    }
+  }
+}
+
+// Final output of whole rows; kStaged: through the place of their queries. Rows past num_rows are
+// worked out too, as those of row 0: without branches the rows of a lane overlap.
+template <bool kStaged, class S, class V, class T>
+__device__ inline void write_output(const KernelParams& p, const WorkItem& item,
+                                    const VariantRow* rows, int first_row, char* smem_q,
+                                    const WarpState<S, T>& state) {
+  const int lane = ptx::thread_index() % 32;
+#pragma unroll
+  for (int b = 0; b < T::kRowBlocks; ++b) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + b * 16 + half * 8 + lane / 4;
+      const RowSum done = finish_row<V>(state.row_max[b][half], state.row_sum[b][half]);
       const RowWriter<S, V> writer(p, rows[row], item.kv_head, done.lse_log2, done.inverse);
-      if (lane % 4 == 0) writer.write_lse();
-      for_each_run<S>(state.o[b], half, [&](int d, float (&x)[kRun<S>]) { writer.write(d, x); });
+      const bool exists = row < item.num_rows;
+      if (exists && lane % 4 == 0) writer.write_lse();
+      auto* to = reinterpret_cast<typename S::Element*>(smem_q + row * kShared<S, T>.pitch_q);
+      for_each_run<S>(state.o[b], half, [&](int d, float (&x)[kRun<S>]) {
+        writer.finish(d, x);
+        if constexpr (kStaged) {
+          store_elements<S>(to + d, x);
+        } else {
+          if (exists) writer.store(d, x);
+        }
+      });
+    }
+  }
+  if constexpr (kStaged) copy_rows<S, T>(p, rows, first_row, item.num_rows, smem_q);
+}
+
+// Warps that split rows only: each holds whole rows in registers.
+template <class S, class V, class T>
+__device__ inline void write_rows(const KernelParams& p, const WorkItem& item,
+                                  const VariantRow* rows, int first_row, char* smem_q,
+                                  const WarpState<S, T>& state) {
+  if (item.partial_row >= 0) {
+    const int64_t at = item.partial_row;
+    write_state<S, V, T>(first_row, item.num_rows, state, p.partial_o + at * S::kHeadDimVo,
+                         S::kHeadDimVo, p.partial_lse + at);
+  } else if (kStagesRows<S> && !p.out_is_float32) {
+    write_output<kStagesRows<S>, S, V, T>(p, item, rows, first_row, smem_q, state);
+  } else {
+    write_output<false, S, V, T>(p, item, rows, first_row, smem_q, state);
+  }
+}
+
+// Lanes that share a row where each takes kQuads times four of its components: those that lie
+// kLanes quads apart, so that neighbours read side by side.
+template <class S, int kQuads>
+constexpr int kLanesOfRow = (S::kHeadDimVo / 4 + kQuads - 1) / kQuads;
+
+// The final output of a lane's part of a row.
+template <class S, class V, int kQuads>
+__device__ inline void write_merged(const KernelParams& p, const VariantRow& row, int kv_head,
+                                    int lane, const RowMerge<V::kSoftmax, kQuads>& merge) {
+  const RowWriter<S, V> writer(p, row, kv_head, merge.lse_log2(), merge.inverse_sum());
+  if (lane == 0) writer.write_lse();
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const int d = (lane + q * kLanesOfRow<S, kQuads>)*4;
+    if (S::kHeadDimVo / 4 % kQuads != 0 && d >= S::kHeadDimVo) continue;
+    float x[4] = {merge.total[q].x, merge.total[q].y, merge.total[q].z, merge.total[q].w};
+    writer.finish(d, x);
+    writer.store(d, x);
+  }
+}
+
+// The states of warps that split the KV tokens, rows of which lie kPitch floats apart in shared
+// memory, [kWarpsN][kRows]: to one state, or the output.
+template <class S, class V, class T, int kQuads, int kPitch>
+__device__ inline void merge_shared(const KernelParams& p, const WorkItem& item,
+                                    const VariantRow* rows, const float* o, const float* lses) {
+  constexpr int kLanes = kLanesOfRow<S, kQuads>;
+  const int lane = ptx::thread_index() % kLanes;
+  for (int row = ptx::thread_index() / kLanes; row < item.num_rows; row += T::kThreads / kLanes) {
+    if (T::kThreads % kLanes != 0 && ptx::thread_index() >= T::kThreads / kLanes * kLanes) return;
+    RowMerge<V::kSoftmax, kQuads> merge;
+    float lse[T::kWarpsN];
+    float4 states[T::kWarpsN][kQuads];
+#pragma unroll
+    for (int w = 0; w < T::kWarpsN; ++w) {
+      lse[w] = lses[w * T::kRows + row];
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        const int quad = min_i32(lane + q * kLanes, S::kHeadDimVo / 4 - 1);
+        states[w][q] =
+            *reinterpret_cast<const float4*>(o + (w * T::kRows + row) * kPitch + quad * 4);
+      }
+    }
+    merge.add(lse, states, T::kWarpsN);
+    if (item.partial_row < 0) {
+      write_merged<S, V, kQuads>(p, rows[row], item.kv_head, lane, merge);
+      continue;
+    }
+    const int64_t at = item.partial_row + row;
+    if (V::kSoftmax && lane == 0) p.partial_lse[at] = merge.lse_log2();
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      const int d = (lane + q * kLanes) * 4;
+      if (S::kHeadDimVo / 4 % kQuads != 0 && d >= S::kHeadDimVo) continue;
+      const float inverse = merge.inverse_sum();
+      const float x[4] = {merge.total[q].x * inverse, merge.total[q].y * inverse,
+                          merge.total[q].z * inverse, merge.total[q].w * inverse};
+      store_floats(p.partial_o + at * S::kHeadDimVo + d, x);
     }
   }
 }
@@ -149,128 +276,19 @@ template <class S, class V, class T>
 __device__ inline void merge_warps(const KernelParams& p, const WorkItem& item,
                                    const VariantRow* rows, int first_row, bool is_idle, char* smem,
                                    const WarpState<S, T>& state) {
-  constexpr int kPitch =
-      S::kHeadDimVo + 4;  // floats; rows r and r + 1 of a lane group: no conflict
+  // floats; rows r and r + 1 of a lane group: no conflict
+  constexpr int kPitch = S::kHeadDimVo + 4;
   float* o = reinterpret_cast<float*>(smem);  // [kWarpsN][kRows][kPitch]
   float* lses = o + T::kWarpsN * T::kRows * kPitch;
-  const uint32_t thread = ptx::thread_index();
-  const int lane = thread % 32;
-  const int place = thread / 32 % T::kWarpsN * T::kRows;
-#pragma unroll
-  for (int b = 0; b < T::kRowBlocks; ++b) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first_row + b * 16 + half * 8 + lane / 4;
-      const RowSum done = finish_row<V>(state.row_max[b][half], state.row_sum[b][half]);
-      if (is_idle || row >= item.num_rows) continue;
-      if (lane % 4 == 0) lses[place + row] = done.lse_log2;
-      for_each_run<S>(state.o[b], half, [&](int d, float (&x)[kRun<S>]) {
-        for (float& value : x) value *= done.inverse;
-        store_floats(o + (place + row) * kPitch + d, x);
-      });
-    }
-  }
+  const int place = static_cast<int>(ptx::thread_index() / 32 % T::kWarpsN) * T::kRows;
+  write_state<S, V, T>(first_row, is_idle ? 0 : item.num_rows, state, o + place * kPitch, kPitch,
+                       lses + place);
   __syncthreads();
-  constexpr int kQuads = S::kHeadDimVo / 4;
-  for (int i = ptx::thread_index(); i < item.num_rows * kQuads; i += T::kThreads) {
-    const int row = i / kQuads, d = i % kQuads * 4;
-    RowMerge<V::kSoftmax> merge;
-#pragma unroll
-    for (int w = 0; w < T::kWarpsN; ++w) {
-      const int at = w * T::kRows + row;
-      merge.add(lses[at], *reinterpret_cast<const float4*>(o + at * kPitch + d));
-    }
-    float x[4] = {merge.total.x, merge.total.y, merge.total.z, merge.total.w};
-    if (item.partial_row >= 0) {
-      const int64_t at = item.partial_row + row;
-      if (V::kSoftmax && d == 0) p.partial_lse[at] = merge.lse_log2();
-      for (float& value : x) value *= merge.inverse_sum();
-      store_floats(p.partial_o + at * S::kHeadDimVo + d, x);
-      continue;
-    }
-    const RowWriter<S, V> writer(p, rows[row], item.kv_head, merge.lse_log2(), merge.inverse_sum());
-    if (d == 0) writer.write_lse();
-    writer.write(d, x);
-  }
-}
-
-// A request tile whose states are merged.
-struct MergeTile {
-  MergeUnit unit;
-  PlannedRequest request;
-  int request_index, kv_head, row_begin;
-};
-
-// Merges the tile's states, nodes ascending, then its own splits ascending. A lane takes four
-// components of kPairs rows at a time.
-template <class S, class V, int kPairs, int kBatch, class ClassRows>
-__device__ inline void merge_rows(const KernelParams& p, const PlanView& plan, ClassRows class_rows,
-                                  const MergeTile& tile) {
-  constexpr int kQuads = S::kHeadDimVo / 4;
-  const PlannedRequest& request = tile.request;
-  const int count = tile.unit.num_rows * kQuads;
-  for (int begin = ptx::thread_index(); begin < count; begin += blockDim.x * kPairs) {
-    int row[kPairs], d[kPairs];
-    int64_t first[kPairs];
-    RowMerge<V::kSoftmax> merge[kPairs];
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const int i = min_i32(begin + j * static_cast<int>(blockDim.x), count - 1);
-      row[j] = i / kQuads;
-      d[j] = i % kQuads * 4;
-    }
-    for (int l = request.link_begin; l < request.link_end; ++l) {
-      const PlannedNode& node = plan.nodes[plan.links[l].node];
-#pragma unroll
-      for (int j = 0; j < kPairs; ++j) {
-        const int node_row = plan.links[l].row_offset + tile.row_begin + row[j];
-        const int node_tile = node_row / class_rows(node.tile_class);
-        const NodeTile& record =
-            plan.node_tiles[node.tile_base + tile.kv_head * node.num_tiles + node_tile];
-        const int in_tile = node_row - node_tile * class_rows(node.tile_class);
-        const int64_t one_first[1] = {record.partial_row + in_tile};
-        const int one_d[1] = {d[j]};
-        RowMerge<V::kSoftmax> one[1] = {merge[j]};
-        add_states<1, kBatch, S::kHeadDimVo>(p, one_first, record.num_splits, record.num_rows,
-                                             one_d, one);
-        merge[j] = one[0];
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) first[j] = tile.unit.partial_row + row[j];
-    add_states<kPairs, kBatch, S::kHeadDimVo>(p, first, tile.unit.num_splits, tile.unit.num_rows, d,
-                                              merge);
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      if (begin + j * static_cast<int>(blockDim.x) >= count) continue;
-      const int packed = tile.row_begin + row[j], local = packed / S::kGroupSize;
-      const VariantRow who = {request.kv_len - request.q_len + local,
-                              request.qo_begin + local,
-                              tile.kv_head * S::kGroupSize + packed % S::kGroupSize,
-                              tile.request_index,
-                              request.q_len,
-                              request.kv_len};
-      const RowWriter<S, V> writer(p, who, tile.kv_head, merge[j].lse_log2(),
-                                   merge[j].inverse_sum());
-      if (d[j] == 0) writer.write_lse();
-      float x[4] = {merge[j].total.x, merge[j].total.y, merge[j].total.z, merge[j].total.w};
-      writer.write(d[j], x);
-    }
-  }
-}
-
-template <class S, class V, class ClassRows>
-__device__ inline void merge_unit(const KernelParams& p, const PlanView& plan, ClassRows class_rows,
-                                  int unit_index, int request_index, int kv_head) {
-  MergeTile tile = {plan.units[unit_index], plan.requests[request_index], request_index, kv_head,
-                    0};
-  const int tile_index = (unit_index - tile.request.unit_base) - kv_head * tile.request.num_tiles;
-  tile.row_begin = tile_index * class_rows(tile.request.tile_class);
-  // Few rows have many splits, many rows have few.
-  if (tile.unit.num_rows <= 16) {
-    merge_rows<S, V, 1, 8>(p, plan, class_rows, tile);
+  // Few rows: all lanes on one pass. More: a row's weights once for several components.
+  if (item.num_rows * (S::kHeadDimVo / 4) <= T::kThreads) {
+    merge_shared<S, V, T, 1, kPitch>(p, item, rows, o, lses);
   } else {
-    merge_rows<S, V, 4, 2>(p, plan, class_rows, tile);
+    merge_shared<S, V, T, 4, kPitch>(p, item, rows, o, lses);
   }
 }
 

@@ -2,7 +2,7 @@
 // Serves Ampere to Blackwell; the correct baseline that every other kernel is measured against.
 #pragma once
 
-#include "fi/sm80/epilogue.h"
+#include "fi/sm80/merge.h"
 
 namespace fi::sm80 {
 
@@ -51,19 +51,21 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     merge_warps<S, V, T>(p, item, rows, loop.first_row(), loop.is_idle(), smem + kPlan.stages,
                          state);
   } else if (!loop.is_idle()) {
-    write_rows<S, V, T>(p, item, rows, loop.first_row(), state);
+    write_rows<S, V, T>(p, item, rows, loop.first_row(), smem, state);
   }
 }
 
 // Announces the item's partial state and merges every unit that it completes.
-template <class S, class V, class ClassRows>
+template <class S, class V, int kMaxRows, int kThreads, class ClassRows>
 __device__ void arrive_and_merge(const KernelParams& p, const PlanView& plan, ClassRows class_rows,
                                  const WorkItem& item, int* flag) {
   const auto complete = [&](int unit, int request) {
     __syncthreads();
-    if (threadIdx.x == 0) *flag = arrive(p.arrivals + unit, plan.units[unit].expected);
+    if (ptx::thread_index() == 0) *flag = arrive(p.arrivals + unit, plan.units[unit].expected);
     __syncthreads();
-    if (*flag) merge_unit<S, V>(p, plan, class_rows, unit, request, item.kv_head);
+    if (*flag) {
+      merge_unit<S, V, kMaxRows, kThreads>(p, plan, class_rows, unit, request, item.kv_head);
+    }
   };
   if (item.request >= 0) {
     complete(item.unit, item.request);
@@ -97,10 +99,17 @@ __device__ void run(const KernelParams& p) {
   const auto end = [&] { return __ldg(plan_of(p).cta_ptr + blockIdx.x + 1); };
   const int count = end() - __ldg(plan_of(p).cta_ptr + blockIdx.x);
   if (count == 0) return;
-  if (threadIdx.x == 0) current.left = count;
+  if (ptx::thread_index() == 0) {
+    current.left = count;
+    current.k_stride = p.kv.k_stride;
+    current.v_stride = p.kv.v_stride;
+    current.table = p.table;
+  }
   prefetch_item(p, end() - count, current);
   ptx::cp_async_wait_all();
   __syncthreads();
+  constexpr int kMaxRows = most_of(Tiles::kRows...);
+  constexpr int kThreads = most_of(Tiles::kThreads...);
   bool is_last;
   do {
     advance_item(p, current);
@@ -109,7 +118,7 @@ __device__ void run(const KernelParams& p) {
     int c = 0;
     ((current.item.tile_class == c++ ? run_item<S, V, Tiles>(p, current, smem) : void()), ...);
     if (current.item.partial_row >= 0) {
-      arrive_and_merge<S, V>(p, plan_of(p), class_rows, current.item, &flag);
+      arrive_and_merge<S, V, kMaxRows, kThreads>(p, plan_of(p), class_rows, current.item, &flag);
     }
     is_last = current.left == 0;
     __syncthreads();  // shared memory belongs to the next item

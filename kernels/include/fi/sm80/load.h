@@ -23,6 +23,10 @@ struct CurrentItem {
   WorkItem next;         // on its way while the item is computed
   int32_t left;          // items of the CTA after this one
   float scale;           // of its logits, the scales of q and k included
+  // Of the launch. As parameters they would be kept in registers through a loop over tiles, which a
+  // kernel of many classes has not left for its smallest.
+  KvStrides k_stride, v_stride;
+  PageTableView table;
 };
 
 __device__ inline PlanView plan_of(const KernelParams& p) {
@@ -32,19 +36,20 @@ __device__ inline PlanView plan_of(const KernelParams& p) {
 // Starts the copy of item `index` to current.next; landed when all copies of the CTA have.
 __device__ inline void prefetch_item(const KernelParams& p, int index, CurrentItem& current) {
   constexpr uint32_t kChunks = sizeof(WorkItem) / 16;
-  if (threadIdx.x >= kChunks) return;
-  ptx::cp_async_16(ptx::shared_address(&current.next) + threadIdx.x * 16,
-                   reinterpret_cast<const char*>(plan_of(p).items + index) + threadIdx.x * 16,
-                   true);
+  const uint32_t thread = ptx::thread_index();
+  if (thread >= kChunks) return;
+  ptx::cp_async_16(ptx::shared_address(&current.next) + thread * 16,
+                   reinterpret_cast<const char*>(plan_of(p).items + index) + thread * 16, true);
 }
 
 // Makes the next item the current one; a CTA barrier before and after.
 __device__ inline void advance_item(const KernelParams& p, CurrentItem& current) {
   constexpr uint32_t kWords = sizeof(WorkItem) / 4;
-  if (threadIdx.x < kWords) {
-    reinterpret_cast<int32_t*>(&current.item)[threadIdx.x] =
-        reinterpret_cast<const int32_t*>(&current.next)[threadIdx.x];
-  } else if (threadIdx.x == 32) {  // a warp of its own: the row may have to be looked up
+  const uint32_t thread = ptx::thread_index();
+  if (thread < kWords) {
+    reinterpret_cast<int32_t*>(&current.item)[thread] =
+        reinterpret_cast<const int32_t*>(&current.next)[thread];
+  } else if (thread == 32) {  // a warp of its own: the row may have to be looked up
     constexpr int32_t kLow = -(1 << 30), kHigh = 1 << 30;
     current.box = {kHigh, kLow, 0, 0, kHigh, kLow, kHigh, kLow, 0, 0};
     current.pages = page_row(p.table, current.next.table_row);
@@ -197,6 +202,7 @@ class KvLoader {
   // Threads of one token row; each copies every 8th (4th) of its chunks.
   static constexpr int kLanesPerRow = max_int(kChunksK, kChunksV) < 8 ? 4 : 8;
   static constexpr int kRowsPerPass = T::kThreads / kLanesPerRow;
+  static constexpr bool kFromShared = T::kWarpsN > 1 || !S::kAligned;
   static_assert(T::kKvTile <= T::kThreads);
 
  public:
@@ -219,10 +225,11 @@ class KvLoader {
     if (thread >= T::kKvTile || tile >= num_tiles_) return -1;
     const int pos = tiles_.begin(tile) + static_cast<int>(thread);
     if (pos >= tiles_.end(tile)) return -1;
+    const PageTableView& table = kFromShared || !S::kPlainPages ? current_.table : p_.table;
     if constexpr (S::kPlainPages) {
-      return current_.pages[(pos >> p_.page_shift) * p_.table.entry_stride];
+      return current_.pages[(pos >> p_.page_shift) * table.entry_stride];
     }
-    return page_id(p_.table, current_.pages, pos / p_.table.page_size);
+    return page_id(table, current_.pages, pos / table.page_size);
   }
 
   // Offsets of `tile`, whose page id fetch() brought; load() may read them after a CTA barrier.
@@ -232,7 +239,8 @@ class KvLoader {
     RowOffsets row = {kNoRow, kNoRow};
     if (page >= 0) {
       const int in_page = offset_in_page(tiles_.begin(tile) + static_cast<int>(thread));
-      const KvStrides &k = p_.kv.k_stride, &v = p_.kv.v_stride;
+      const KvStrides& k = kFromShared ? current_.k_stride : p_.kv.k_stride;
+      const KvStrides& v = kFromShared ? current_.v_stride : p_.kv.v_stride;
       row.k = page * k.page + in_page * k.token + current_.item.kv_head * k.head;
       row.v = page * v.page + in_page * v.token + current_.item.kv_head * v.head;
     }
