@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +14,14 @@ from plan_batches import PlanCase, assert_same, plan_on_host, random_case
 from torch import Tensor
 
 from fi_backend import PagedBatch
+from fi_backend.jit.kernels import DeviceKernel
 from fi_backend.plan_kernel import PlanKernel, scratch_bytes
 from fi_backend.plan_records import KV_TOO_LONG, plan_arrays
 from fi_backend.storage import PageTable
 
 CUDA = torch.device("cuda")
 FILL = 0xAB
+BLOCK = 50  # random steps of a test
 SERVING = PlanCase(
     "serving",
     heads=(32, 8),
@@ -36,6 +40,13 @@ NARROW = dataclasses.replace(
     num_ctas=396,
     classes=[(16, 64, 290, 190), (64, 64, 220, 240), (128, 64, 150, 400)],
 )
+
+
+def kernels_of(test: str, arguments: Mapping[str, Any]) -> Iterator[DeviceKernel]:
+    """The kernels of a test, for conftest to compile beforehand."""
+    for seed in range(BLOCK) if "first" in arguments else ():
+        config = random_case(arguments["first"] + seed).config()
+        yield PlanKernel.device_kernel(config, config.layout())
 
 
 def on_device(case: PlanCase) -> PagedBatch:
@@ -67,9 +78,9 @@ def random_serving(seed: int, most_query_tokens: int, base: PlanCase = SERVING) 
     return dataclasses.replace(base, name=f"serving-{seed}", qo_indptr=indptr, kv_len=kv)
 
 
-@pytest.mark.parametrize("first", range(0, 400, 50))
+@pytest.mark.parametrize("first", range(0, 400, BLOCK))
 def test_random_steps_give_the_bytes_of_the_host(first: int) -> None:
-    for seed in range(first, first + 50):
+    for seed in range(first, first + BLOCK):
         case = random_case(seed)
         case = dataclasses.replace(case, num_requests=len(case.kv_len))
         plan = empty_plan(case)

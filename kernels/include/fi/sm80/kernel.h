@@ -22,10 +22,11 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
 #pragma unroll
   for (int t = 0; t < T::kStages; ++t) first_pages[t] = loader.fetch(t);
   load_rows<S, T>(p, current, rows);
+  __syncthreads();
+  load_q<S, T>(p, item.num_rows, rows, smem_q);  // while the page ids are on their way
 #pragma unroll
   for (int t = 0; t < T::kStages; ++t) loader.publish(t, first_pages[t]);
   __syncthreads();
-  load_q<S, T>(p, item.num_rows, rows, smem_q);
 #pragma unroll
   for (int t = 0; t < T::kStages - 1; ++t) {
     loader.load(t, stage(t));
@@ -59,28 +60,28 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
 template <class S, class V, int kMaxRows, int kThreads, class ClassRows>
 __device__ void arrive_and_merge(const KernelParams& p, const PlanView& plan, ClassRows class_rows,
                                  const WorkItem& item, int* flag) {
-  const auto complete = [&](int unit, int request) {
+  // A request item has one unit; a node item those of the requests whose rows it holds.
+  const int count = item.request >= 0 ? 1 : item.num_rows;
+  int last_unit = -1;
+  for (int x = 0; x < count; ++x) {
+    int unit = item.unit, request_index = item.request;
+    if (item.request < 0) {
+      const int row = item.row_begin + x;
+      const GatheredToken& g = plan.gathered[item.qo_begin + row / S::kGroupSize];
+      const PlannedRequest& request = plan.requests[g.request];
+      const int tile =
+          (g.local * S::kGroupSize + row % S::kGroupSize) / class_rows(request.tile_class);
+      unit = request.unit_base + item.kv_head * request.num_tiles + tile;
+      request_index = g.request;
+    }
+    if (unit == last_unit) continue;
+    last_unit = unit;
     __syncthreads();
     if (ptx::thread_index() == 0) *flag = arrive(p.arrivals + unit, plan.units[unit].expected);
     __syncthreads();
     if (*flag) {
-      merge_unit<S, V, kMaxRows, kThreads>(p, plan, class_rows, unit, request, item.kv_head);
+      merge_unit<S, V, kMaxRows, kThreads>(p, plan, class_rows, unit, request_index, item.kv_head);
     }
-  };
-  if (item.request >= 0) {
-    complete(item.unit, item.request);
-    return;
-  }
-  int last_unit = -1;
-  for (int x = 0; x < item.num_rows; ++x) {
-    const int row = item.row_begin + x;
-    const GatheredToken& g = plan.gathered[item.qo_begin + row / S::kGroupSize];
-    const PlannedRequest& request = plan.requests[g.request];
-    const int tile =
-        (g.local * S::kGroupSize + row % S::kGroupSize) / class_rows(request.tile_class);
-    const int unit = request.unit_base + item.kv_head * request.num_tiles + tile;
-    if (unit != last_unit) complete(unit, g.request);
-    last_unit = unit;
   }
 }
 
@@ -96,25 +97,26 @@ __device__ void run(const KernelParams& p) {
     ((tile_class == c++ ? rows = Tiles::kRows : 0), ...);
     return rows;
   };
-  const auto end = [&] { return __ldg(plan_of(p).cta_ptr + blockIdx.x + 1); };
-  const int count = end() - __ldg(plan_of(p).cta_ptr + blockIdx.x);
-  if (count == 0) return;
+  const int first = __ldg(plan_of(p).cta_ptr + blockIdx.x);
+  const int end = __ldg(plan_of(p).cta_ptr + blockIdx.x + 1);
+  if (first == end) return;
   if (ptx::thread_index() == 0) {
-    current.left = count;
+    current.end = end;
+    current.left = end - first;
     current.k_stride = p.kv.k_stride;
     current.v_stride = p.kv.v_stride;
     current.table = p.table;
   }
-  prefetch_item(p, end() - count, current);
+  prefetch_item(p, first, current);
   ptx::cp_async_wait_all();
   __syncthreads();
   constexpr int kMaxRows = most_of(Tiles::kRows...);
   constexpr int kThreads = most_of(Tiles::kThreads...);
   bool is_last;
   do {
-    advance_item(p, current);
+    advance_item<S>(p, current);
     __syncthreads();
-    if (current.left > 0) prefetch_item(p, end() - current.left, current);
+    if (current.left > 0) prefetch_item(p, current.end - current.left, current);
     int c = 0;
     ((current.item.tile_class == c++ ? run_item<S, V, Tiles>(p, current, smem) : void()), ...);
     if (current.item.partial_row >= 0) {

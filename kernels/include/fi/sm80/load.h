@@ -21,6 +21,7 @@ struct CurrentItem {
   VariantBox box;        // positions, lengths and heads of the item's rows
   const int32_t* pages;  // the item's row of the page table
   WorkItem next;         // on its way while the item is computed
+  int32_t end;           // of the CTA's items in the plan
   int32_t left;          // items of the CTA after this one
   float scale;           // of its logits, the scales of q and k included
   // Of the launch. As parameters they would be kept in registers through a loop over tiles, which a
@@ -42,7 +43,26 @@ __device__ inline void prefetch_item(const KernelParams& p, int index, CurrentIt
                    reinterpret_cast<const char*>(plan_of(p).items + index) + thread * 16, true);
 }
 
-// Makes the next item the current one; a CTA barrier before and after.
+// The box of a request item's rows, which ascend.
+template <class S>
+__device__ inline VariantBox box_of(const WorkItem& item) {
+  const int first = item.row_begin / S::kGroupSize;
+  const int last = (item.row_begin + item.num_rows - 1) / S::kGroupSize;
+  return {item.q_pos_begin + first,
+          item.q_pos_begin + last,
+          0,
+          0,
+          item.q_len,
+          item.q_len,
+          item.kv_len,
+          item.kv_len,
+          0,
+          0};
+}
+
+// Makes the next item the current one; a CTA barrier before and after. The box of a node item's
+// rows is empty until load_rows().
+template <class S>
 __device__ inline void advance_item(const KernelParams& p, CurrentItem& current) {
   constexpr uint32_t kWords = sizeof(WorkItem) / 4;
   const uint32_t thread = ptx::thread_index();
@@ -51,11 +71,12 @@ __device__ inline void advance_item(const KernelParams& p, CurrentItem& current)
         reinterpret_cast<const int32_t*>(&current.next)[thread];
   } else if (thread == 32) {  // a warp of its own: the row may have to be looked up
     constexpr int32_t kLow = -(1 << 30), kHigh = 1 << 30;
-    current.box = {kHigh, kLow, 0, 0, kHigh, kLow, kHigh, kLow, 0, 0};
     current.pages = page_row(p.table, current.next.table_row);
     current.left -= 1;
     const int kv_head = current.next.kv_head;
     current.scale = p.scale * scale_of(p.q_scale, kv_head) * scale_of(p.k_scale, kv_head);
+    current.box = {kHigh, kLow, 0, 0, kHigh, kLow, kHigh, kLow, 0, 0};
+    if (current.next.request >= 0) current.box = box_of<S>(current.next);
   }
 }
 
@@ -68,7 +89,8 @@ __device__ inline void extend_box(const VariantRow& row, VariantBox& box) {
   atomicMax(&box.kv_len_max, row.kv_len);
 }
 
-// Who each packed row is, and the box of them all. Rows past num_rows repeat row 0.
+// Who each packed row is; rows past num_rows repeat row 0. Those of a node item come from requests
+// in any order, and extend the box.
 template <class S, class T>
 __device__ inline void load_rows(const KernelParams& p, CurrentItem& current, VariantRow* rows) {
   const WorkItem& item = current.item;
@@ -83,15 +105,13 @@ __device__ inline void load_rows(const KernelParams& p, CurrentItem& current, Va
                  item.request,
                  item.q_len,
                  item.kv_len};
-    } else {
-      const PlanView plan = plan_of(p);
-      const GatheredToken& g = plan.gathered[item.qo_begin + local];
-      const PlannedRequest& r = plan.requests[g.request];
-      rows[x] = {g.q_pos, g.token, q_head, g.request, r.q_len, r.kv_len};
+      continue;
     }
-    // Rows of a request ascend; gathered rows come in any order.
-    const bool is_end = x == 0 || x == item.num_rows - 1;
-    if (x < item.num_rows && (item.request < 0 || is_end)) extend_box(rows[x], current.box);
+    const PlanView plan = plan_of(p);
+    const GatheredToken& g = plan.gathered[item.qo_begin + local];
+    const PlannedRequest& r = plan.requests[g.request];
+    rows[x] = {g.q_pos, g.token, q_head, g.request, r.q_len, r.kv_len};
+    if (x < item.num_rows) extend_box(rows[x], current.box);
   }
 }
 

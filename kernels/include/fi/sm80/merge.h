@@ -65,12 +65,13 @@ __device__ inline void merge_rows(const KernelParams& p, const PlanView& plan, C
   const PlannedRequest& request = tile.request;
   for (int row = thread / kLanes; row < tile.unit.num_rows; row += kRowsAtOnce) {
     RowMerge<V::kSoftmax, kQuads> merge;
-    for (int l = request.link_begin; l < request.link_end; ++l) {
-      add_states<S, kBatch>(p, states_in_node(plan, class_rows, tile, plan.links[l], row), lane,
-                            merge);
+    for (int l = request.link_begin; l <= request.link_end; ++l) {
+      States states = {tile.unit.partial_row + row, tile.unit.num_splits, tile.unit.num_rows};
+      if (l < request.link_end) {
+        states = states_in_node(plan, class_rows, tile, plan.links[l], row);
+      }
+      add_states<S, kBatch>(p, states, lane, merge);
     }
-    const States own = {tile.unit.partial_row + row, tile.unit.num_splits, tile.unit.num_rows};
-    add_states<S, kBatch>(p, own, lane, merge);
     const int packed = tile.row_begin + row, local = packed / S::kGroupSize;
     const VariantRow who = {request.kv_len - request.q_len + local,
                             request.qo_begin + local,
