@@ -35,6 +35,8 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("plan", help="planning a step, FA3's scheduler beside us")
     _gpu_options(one, "plan")
     one.add_argument("--fa3", type=Path, help="as for kernels")
+    one = commands.add_parser("ops", help="append_kv and merge_states, a copy beside us")
+    _gpu_options(one, "ops")
     one = commands.add_parser("jit", help="compiling and launching; partly without a GPU")
     _gpu_options(one, "jit")
     one.add_argument("--arch", default="sm_90a", help="to compile for without a GPU")
@@ -105,6 +107,10 @@ def _run_on_gpu(args: argparse.Namespace) -> int:
         from e2e_bench import plan
 
         return plan.run(out, args.fa3, args.quick)
+    if args.command == "ops":
+        from e2e_bench import ops
+
+        return ops.run(out, args.quick)
     if args.command == "jit":
         from e2e_bench import jit
 

@@ -17,10 +17,10 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from e2e_bench import report
 from e2e_bench.demo.server import MODEL_NAME, Server, ServerFailed
 from e2e_bench.vllm_gpu.environment import engine_environment
 from e2e_bench.vllm_gpu.models import make_llama_8b
@@ -176,20 +176,17 @@ def main() -> int:
 
 
 def _meta(options: Sequence[str]) -> dict[str, Any]:
-    import torch
     import vllm
 
     from fi_backend.nvidia import find_driver  # takes no GPU memory, unlike torch
 
-    return {
-        "gpus": [gpu.name for gpu in find_driver().gpus],
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "vllm": vllm.__version__,
-        "torch": torch.__version__,
-        "cpus": os.cpu_count(),
-        "output_tokens": OUTPUT_TOKENS,
-        "options": list(options),
-    }
+    return report.meta(
+        {"vllm": vllm.__version__},
+        gpu=find_driver().gpus[0].name,
+        cpus=os.cpu_count(),
+        output_tokens=OUTPUT_TOKENS,
+        options=list(options),
+    )
 
 
 if __name__ == "__main__":

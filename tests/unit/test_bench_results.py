@@ -168,7 +168,7 @@ def test_section_of_a_kernel_run() -> None:
 
 def test_the_document_has_a_place_for_every_result() -> None:
     places = {match["name"] for match in documents.MARKER.finditer(documents.DOCUMENT.read_text())}
-    assert places == {"cpu", "kernels-h200", "plan-h200", "jit-h200"}
+    assert places == {"cpu", "kernels-h200", "plan-h200", "ops-h200", "jit-h200"}
 
 
 def test_the_document_shows_the_committed_results() -> None:

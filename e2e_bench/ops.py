@@ -1,0 +1,143 @@
+"""append_kv and merge_states on a GPU, beside a copy that moves as many bytes.
+
+Correctness first, then CUDA-graph replay, in turns; every call moves several times the L2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fi_backend as fi
+from e2e_bench import graph_timing, report, run_log, tables
+from e2e_bench.run_log import RunLog
+from e2e_bench.workloads import LLAMA
+
+OURS, COPY = "fi_backend", "copy"
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+TOKENS, PAGE = 65_536, 16
+MERGED_TOKENS = 8_192
+CALLS = 20
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation ready to run.
+
+    Attributes:
+        name: as in the table.
+        call: enqueues it.
+        num_bytes: read and written.
+        check: raises unless the last call did what it should.
+    """
+
+    name: str
+    call: Callable[[], object]
+    num_bytes: int
+    check: Callable[[], None]
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def append(device: torch.device, cache_dtype: torch.dtype, *, rotates: bool) -> Op:
+    """Return the append of a large prefill step into shuffled pages."""
+    heads, dim = LLAMA.num_kv_heads, LLAMA.head_dim_qk
+    k, v = torch.randn(2, TOKENS, heads, dim, device=device).to(BF16)
+    cache = torch.zeros(2, TOKENS // PAGE, PAGE, heads, dim, device=device).to(cache_dtype)
+    pages = torch.randperm(TOKENS // PAGE, device=device)
+    slots = (pages[:, None] * PAGE + torch.arange(PAGE, device=device)).flatten()
+    options: dict[str, Any] = {}
+    moved = _bytes(k, v, cache)
+    scale = torch.full((1,), 0.5, device=device)
+    if cache_dtype == FP8:
+        options |= {"k_scale": scale, "v_scale": scale}
+    if rotates:
+        q = torch.randn(TOKENS, LLAMA.num_qo_heads, dim, device=device).to(BF16)
+        angles = torch.rand(TOKENS, dim // 2, device=device)
+        cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
+        rope = fi.Rope(cos_sin, torch.arange(TOKENS, device=device))
+        options |= {"rope": rope, "q": q, "q_out": q}
+        moved += 2 * _bytes(q) + _bytes(cos_sin)
+    view = fi.KvCacheView.nhd(cache[0], cache[1])
+
+    def check() -> None:
+        stored = cache[1].view(TOKENS, heads, dim)[slots[:64]].float()
+        expected = v[:64].float() / (scale if cache_dtype == FP8 else 1)
+        torch.testing.assert_close(stored, expected.to(cache_dtype).float(), rtol=0, atol=0)
+
+    words = f"append {'rotated ' if rotates else ''}to {str(cache_dtype).removeprefix('torch.')}"
+    return Op(words, lambda: fi.append_kv(k, v, view, slots, **options), moved, check)
+
+
+def merge(device: torch.device, states: int) -> Op:
+    """Return the merge of some fp32 states of a large step."""
+    shape = (states, MERGED_TOKENS, LLAMA.num_qo_heads)
+    o, lse = (
+        torch.randn(*shape, LLAMA.head_dim_vo, device=device),
+        torch.randn(shape, device=device),
+    )
+    found: list[Tensor] = []
+
+    def call() -> None:
+        found[:] = fi.merge_states(o, lse)
+
+    def check() -> None:
+        expected = (o[:, :64] * lse[:, :64].softmax(0)[..., None]).sum(0)
+        torch.testing.assert_close(found[0][:64], expected, rtol=1e-4, atol=1e-5)
+
+    moved = _bytes(o, lse) // states * (states + 1)
+    return Op(f"merge {states} states", call, moved, check)
+
+
+def copy(device: torch.device, num_bytes: int) -> Callable[[], object]:
+    """Return a copy that reads half of the bytes and writes the other half."""
+    source = torch.empty(num_bytes // 2, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+MAKERS: tuple[Callable[[torch.device], Op], ...] = (
+    partial(append, cache_dtype=BF16, rotates=False),
+    partial(append, cache_dtype=FP8, rotates=False),
+    partial(append, cache_dtype=BF16, rotates=True),
+    partial(append, cache_dtype=FP8, rotates=True),
+    partial(merge, states=2),
+    partial(merge, states=4),
+    partial(merge, states=8),
+)
+
+
+def run(out: Path | None, quick: bool) -> int:
+    """Run the benchmark; return the exit status."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    log, rows = RunLog(), list[report.Row]()
+    for make in MAKERS[:: 3 if quick else 1]:
+        with log.attempt("op", OURS):
+            rows += _rows(make(device), device)
+    if out is not None and rows:
+        header = report.meta(run_log.gpu_versions(), gpu=report.gpu_name(), failures=log.failures)
+        report.write(out, header, rows)
+    print(tables.spread_table(rows))
+    return log.finish()
+
+
+def _rows(op: Op, device: torch.device) -> list[report.Row]:
+    """Check and time one operation and its copy."""
+    op.call()
+    op.check()
+    calls = {OURS: op.call, COPY: copy(device, op.num_bytes)}
+    calls[COPY]()
+    graphs = {
+        impl: graph_timing.record(lambda _, c=call: c(), 1, CALLS) for impl, call in calls.items()
+    }
+    times = graph_timing.time_in_turns(graphs, 10)
+    rows = [report.Row.of_times(op.name, impl, times[impl]) for impl in graphs]
+    return [replace(row, gbs=round(op.num_bytes / row.us_median / 1e3, 1)) for row in rows]
