@@ -22,7 +22,7 @@ from e2e_bench.gpu_data import Data, make_pool
 from e2e_bench.impls import Fa3, Implementation, NotHere, Ours, make_planner
 from e2e_bench.run_log import RunLog
 from e2e_bench.tables import IMPLS, OURS
-from e2e_bench.workloads import WORKLOADS, Ceilings, Workload, ceilings_of
+from e2e_bench.workloads import WORKLOADS, Workload
 
 METHOD = "CUDA-graph replay over layer copies (600 MB), implementations in turns"
 
@@ -70,12 +70,11 @@ def run(options: Options) -> int:
         return 2
     impls = _find_impls(options, workloads, device, log)
     pool = make_pool(workloads, device)
-    runner = Runner(pool, options.repeats, log, ceilings_of(report.gpu_name()))
     rows: list[report.Row] = []
     for workload in workloads:
         begin = time.perf_counter()
         with log.attempt(workload.name, "all"):
-            rows += bench(workload, impls, runner)
+            rows += bench(workload, impls, Runner(pool, options.repeats, log))
         print(f"{workload.name}: {time.perf_counter() - begin:.1f} s", flush=True)
         gc.collect()  # graphs hold their memory pools in cycles
         if options.out is not None and rows:
@@ -130,15 +129,13 @@ class Runner:
     pool: Tensor
     repeats: int
     log: RunLog
-    ceilings: Ceilings
 
 
 def bench(workload: Workload, impls: Sequence[Implementation], runner: Runner) -> list[report.Row]:
     """Check and time one workload; what fails is in the log and has no row."""
     data = Data(workload, runner.pool)
     reference = Reference(data)
-    floor_us = workload.floor_us(runner.ceilings)
-    calls = graph_timing.calls_per_graph(len(data.layers), floor_us)
+    calls = graph_timing.calls_per_graph(len(data.layers), workload.floor_us)
     graphs: dict[str, graph_timing.Recorded] = {}
     ratios: dict[str, float] = {}
     for impl in impls:
@@ -159,7 +156,7 @@ def bench(workload: Workload, impls: Sequence[Implementation], runner: Runner) -
             num_bytes=workload.num_bytes,
             flops=workload.flops,
             error_ratio=ratios[name],
-            floor_us=floor_us,
+            floor_us=workload.floor_us,
         )
         for name in graphs
     ]

@@ -12,36 +12,12 @@ from functools import cached_property
 
 import fi_backend as fi
 
+# Ceilings measured on one H200: a pure read of memory, and an 8192³ bf16 matrix product.
+READ_BYTES_PER_S = 4.42e12
+FLOPS_PER_S = 793e12
 ELEMENT_BYTES = 2  # bf16
 
 LLAMA = fi.HeadShape(32, 8, 128)
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What no kernel beats: a pure read of memory, and an 8192³ bf16 matrix product.
-
-    Attributes:
-        read: bytes per second.
-        products: floating-point operations per second.
-    """
-
-    read: float
-    products: float
-
-
-H200 = Ceilings(4.42e12, 793e12)
-# Measured, each on one machine.
-CEILINGS = {"H200": H200, "H100 80GB HBM3": Ceilings(3.12e12, 793e12)}
-
-
-def ceilings_of(gpu: str) -> Ceilings:
-    """Return the ceilings of a GPU by its name; one that was not measured is taken for an H200."""
-    for name, ceilings in CEILINGS.items():
-        if name in gpu:
-            return ceilings
-    print(f"floors are those of an H200: nobody measured the ceilings of {gpu}", flush=True)
-    return H200
 
 
 @dataclass(frozen=True)
@@ -116,9 +92,10 @@ class Workload:
         dims = self.heads.head_dim_qk + self.heads.head_dim_vo
         return 2 * pairs * self.heads.num_qo_heads * dims
 
-    def floor_us(self, ceilings: Ceilings = H200) -> float:
+    @property
+    def floor_us(self) -> float:
         """Least time: all bytes at the speed of reading, or all operations at that of products."""
-        return max(self.num_bytes / ceilings.read, self.flops / ceilings.products) * 1e6
+        return max(self.num_bytes / READ_BYTES_PER_S, self.flops / FLOPS_PER_S) * 1e6
 
     @property
     def is_decode(self) -> bool:

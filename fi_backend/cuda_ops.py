@@ -22,7 +22,7 @@ from fi_backend.append_call import (
 )
 from fi_backend.cpu_ops import check_states
 from fi_backend.cuda_launch import is_capturing
-from fi_backend.jit.kernels import DeviceKernel, load
+from fi_backend.jit.kernels import DeviceKernel, bool_literal, load
 
 _ELEMENTS = {
     torch.bfloat16: "__nv_bfloat16",
@@ -76,11 +76,11 @@ def append_kernel(spec: AppendSpec) -> DeviceKernel:
     rope, turns = "NoRope", ""
     if spec.rope is not None:
         element = _ELEMENTS[spec.rope.cos_sin_dtype]
-        rope = f"Rope<{element}, {spec.rope.rotary_dim}, {_literal(spec.rope.interleaved)}>"
+        rope = f"Rope<{element}, {spec.rope.rotary_dim}, {bool_literal(spec.rope.interleaved)}>"
         turns = f" {rope}"
     arguments = (
         f"{_ELEMENTS[spec.dtype]}, {_ELEMENTS[spec.cache_dtype]}, {spec.head_dim_qk},"
-        f" {spec.head_dim_vo}, {_literal(spec.aligned)}"
+        f" {spec.head_dim_vo}, {bool_literal(spec.aligned)}"
     )
     source = f"""#include "fi/common/append_kv.h"
 extern "C" __global__ void __launch_bounds__(fi::kAppendThreads)
@@ -110,7 +110,7 @@ def merge_kernel(dim: int, softmax: bool = True, aligned: bool = True) -> Device
     source = f"""#include "fi/common/merge_states.h"
 extern "C" __global__ void __launch_bounds__(fi::kMergeThreads)
 fi_merge_states(const __grid_constant__ fi::MergeKernelParams p) {{
-  fi::merge_states<{dim}, {_literal(aligned)}, {_literal(softmax)}>(p);
+  fi::merge_states<{dim}, {bool_literal(aligned)}, {bool_literal(softmax)}>(p);
 }}
 """
     what = "states" if softmax else "sums"
@@ -170,10 +170,6 @@ def _is_whole(rope: RopeSpec) -> bool:
 def _current_stream(device: torch.device) -> int:
     # torch.cuda.current_stream builds an object for the same number, at several times the cost.
     return torch._C._cuda_getCurrentRawStream(device.index)
-
-
-def _literal(value: bool) -> str:
-    return "true" if value else "false"
 
 
 def _short(dtype: torch.dtype) -> str:

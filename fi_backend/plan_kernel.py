@@ -13,7 +13,7 @@ from torch import Tensor
 from fi_backend import _core
 from fi_backend.errors import Unsupported, require
 from fi_backend.formats import PagedBatch
-from fi_backend.jit.kernels import DeviceKernel, load
+from fi_backend.jit.kernels import DeviceKernel, bool_literal, load
 
 # Dynamic shared memory that every architecture from sm_80 on grants to a CTA: 99 KiB on sm_86,
 # sm_89 and sm_120, of which the kernel itself declares up to four.
@@ -90,7 +90,7 @@ class PlanKernel:
             title=f"planner, {threads} threads of {per_thread}{mode}{place}",
             entry="fi_plan",
             source=SOURCE.format(
-                threads=threads, in_shared=_literal(in_shared), mode=_mode(params, per_thread)
+                threads=threads, in_shared=bool_literal(in_shared), mode=_mode(params, per_thread)
             ),
             shared_bytes=scratch if in_shared else 0,
         )
@@ -144,11 +144,7 @@ def _shape(params: _core.PlanKernelParams, layout: _core.PlanLayout) -> tuple[in
 def _mode(params: _core.PlanKernelParams, per_thread: int) -> str:
     """Return the initialiser of a Mode."""
     flags = (params.is_invariant, params.from_start, params.is_narrow)
-    return ", ".join([str(per_thread), str(params.num_classes), *map(_literal, flags)])
-
-
-def _literal(flag: bool) -> str:
-    return "true" if flag else "false"
+    return ", ".join([str(per_thread), str(params.num_classes), *map(bool_literal, flags)])
 
 
 def _power_of_two(most: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from fi_backend import _core
 from fi_backend.errors import Unsupported, require
 from fi_backend.formats import HeadShape
-from fi_backend.jit.kernels import HOPPER_SHARED_BYTES, DeviceKernel
+from fi_backend.jit.kernels import HOPPER_SHARED_BYTES, DeviceKernel, bool_literal
 from fi_backend.variants import Variant
 from fi_backend.variants.source_text import device_structs, device_variant
 
@@ -138,14 +138,13 @@ def _require_dtypes(spec: AttentionSpec) -> None:
 
 
 def _entry(spec: AttentionSpec) -> str:
-    flags = ("false", "true")
     shape = ", ".join(
         (
             _ELEMENTS[spec.dtype][0],
             _KV_ELEMENTS[spec.kv_dtype][0],
             *map(str, (spec.head_dim_qk, spec.head_dim_vo, spec.group_size)),
-            flags[spec.plain_pages],
-            flags[spec.aligned],
+            bool_literal(spec.plain_pages),
+            bool_literal(spec.aligned),
         )
     )
     tiles = ",\n      ".join(

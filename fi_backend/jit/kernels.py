@@ -52,6 +52,11 @@ class DeviceKernel:
     shared_bytes: int
 
 
+def bool_literal(flag: bool) -> str:
+    """Return how C++ writes it."""
+    return "true" if flag else "false"
+
+
 def cubin_path(kernel: DeviceKernel, arch: str) -> Path:
     """Return the cubin's path, from the cache if any process compiled it before.
 

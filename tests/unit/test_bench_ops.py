@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
@@ -18,13 +16,25 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "MERGED_TOKENS", 80)
 
 
-@pytest.mark.parametrize("make", ops.MAKERS)
-def test_every_operation_passes_its_own_check(make: Callable[[torch.device], ops.Op]) -> None:
-    op = make(CPU)
+@pytest.mark.parametrize("name", ops.MAKERS)
+def test_every_operation_passes_its_own_check(name: str) -> None:
+    op = ops.MAKERS[name](CPU)
     with pytest.raises((AssertionError, IndexError)):
         op.check()  # before it ran
     op.call()
     op.check()
+
+
+def test_the_check_sees_keys_that_are_not_rotated() -> None:
+    rotated = ops.append(CPU, torch.bfloat16, rotates=True)
+    with pytest.MonkeyPatch.context() as patch:
+        append = ops.fi.append_kv
+        patch.setattr(ops.fi, "append_kv", lambda k, v, kv, slots, **_: append(k, v, kv, slots))
+        rotated.call()
+        with pytest.raises(AssertionError):
+            rotated.check()
+    rotated.call()
+    rotated.check()
 
 
 def test_bytes_count_what_is_read_and_written() -> None:
