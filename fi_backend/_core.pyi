@@ -310,6 +310,48 @@ def launch_plan(
     kernel: Kernel, params: PlanKernelParams, grid: int, threads: int, stream: int
 ) -> None: ...
 
+# --- Prefix forest on host and GPU (bindings/bind_forest.cc)
+
+class ForestLayout:
+    @property
+    def nodes(self) -> int: ...
+    @property
+    def requests(self) -> int: ...
+    @property
+    def links(self) -> int: ...
+    @property
+    def total_bytes(self) -> int: ...
+
+def forest_layout(capacity: PlanCapacity) -> ForestLayout: ...
+def find_forest(
+    capacity: PlanCapacity,
+    num_requests: int,
+    qo_indptr: int,
+    kv_len: int,
+    kv_len_bytes: int,
+    table: PageTableView,
+    forest: int,
+) -> None: ...
+
+class ForestKernelParams:
+    qo_indptr: int
+    kv_len: int
+    scratch: int
+    branches: int
+    arrivals: int
+    forest: int
+    num_requests: int
+    kv_len_is_int64: int
+    def __init__(self, capacity: PlanCapacity) -> None: ...
+    def set_table(self, table: PageTableView) -> None: ...
+    @property
+    def scratch_bytes(self) -> int: ...
+    def __bytes__(self) -> bytes: ...
+
+def launch_forest(
+    kernel: Kernel, params: ForestKernelParams, grid: int, threads: int, stream: int
+) -> None: ...
+
 # --- append_kv on both engines, merge_states on a GPU (bindings/bind_ops.cc)
 
 class TokenStrides:

@@ -1,4 +1,4 @@
-"""Numpy dtypes of the records in kernels/include/fi/plan/records.h, for reading plans in Python."""
+"""Numpy dtypes of the records in kernels/include/fi/plan, for reading plans in Python."""
 
 from __future__ import annotations
 
@@ -34,6 +34,12 @@ PLANNED_NODE = _int32(
 NODE_TILE = _int32("partial_row num_splits num_rows reserved")
 NODE_LINK = _int32("node row_offset")
 GATHERED_TOKEN = _int32("token q_pos request local")
+
+# Records of kernels/include/fi/plan/forest.h.
+FOREST_HEADER = _int32("num_nodes num_links num_tokens status")
+FOREST_NODE = _int32("table_row kv_begin kv_end num_members num_tokens token_begin parent reserved")
+FOREST_REQUEST = _int32("link_begin num_links own_begin reserved")
+FOREST_LINK = _int32("node token_offset")
 
 # PlanHeader.status bits.
 TOO_MANY_REQUESTS, TOO_MANY_TOKENS, KV_TOO_LONG, BAD_INDPTR, NODES_DECLINED = 1, 2, 4, 8, 16

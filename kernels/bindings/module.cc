@@ -9,6 +9,7 @@ PYBIND11_MODULE(_core, m) {
   fi::bind_variants(m);
   fi::bind_launch(m);  // first of the device files: the others launch the Kernel it registers
   fi::bind_plan_kernel(m);
+  fi::bind_forest(m);
   fi::bind_ops(m);
   fi::bind_sm80(m);
 }

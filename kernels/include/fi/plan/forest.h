@@ -14,6 +14,7 @@
 #pragma once
 
 #include "fi/attention/page_table.h"
+#include "fi/plan/divide.h"
 #include "fi/plan/layout.h"
 
 namespace fi {
@@ -95,6 +96,18 @@ FI_HOST_DEVICE inline ForestView view_forest(const void* forest, const ForestLay
 // Pages of a step of the comparison.
 FI_HOST_DEVICE inline int32_t pages_per_step(int32_t page_size) {
   return page_size >= kCheckpointTokens ? 1 : (kCheckpointTokens + page_size - 1) / page_size;
+}
+
+// Rows that a request compares with its own before it settles for the longest match so far. A tree
+// of kMaxForestLevels levels takes that many; more are looked at only where equal pages stand at
+// equal positions behind different ones.
+constexpr int32_t kMaxComparisons = 32;
+
+// Steps of its own row that a request may share: none for one that is no member.
+FI_HOST_DEVICE inline int32_t shareable_steps(int32_t q_len, int64_t kv_len, int32_t max_kv_len,
+                                              const Divisor& step_tokens) {
+  if (q_len < 1 || q_len > kMaxMemberTokens || kv_len < q_len || kv_len > max_kv_len) return 0;
+  return step_tokens.quotient(static_cast<int32_t>(kv_len) - q_len);
 }
 
 // Whether reading a node once is worth its item and the partial states of its members. In tokens of

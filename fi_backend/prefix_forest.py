@@ -1,0 +1,176 @@
+"""Shared prefixes, found in the page tables of a step: on the host, or by a kernel on a GPU.
+
+Requests that hold the same page ids at the same positions read the same memory there. The forest of
+those ranges is found once per page table and step, before planning; every layer class plans with
+it. Records: kernels/include/fi/plan/forest.h. Code: kernels/host/prefix_forest.cc on the host, and
+kernels/include/fi/common/forest.h with the same bytes on a GPU.
+
+Source: composable formats (FlashInfer; Ye et al., MLSys 2025) and Hydragen (Juravsky et al., 2024)
+compute attention over given shared prefixes; here they are looked for.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fi_backend import _core
+from fi_backend.formats import PagedBatch
+from fi_backend.jit.kernels import DeviceKernel, bool_literal, load
+from fi_backend.launch import table_view
+from fi_backend.layers import Capacity
+from fi_backend.plan_records import FOREST_HEADER, FOREST_LINK, FOREST_NODE, FOREST_REQUEST
+
+_THREADS = 256
+# Of a CTA, so that the requests of a usual step are compared at once: more would leave fewer CTAs
+# on a multiprocessor.
+_MAX_SHARED_BYTES = 95 << 10
+
+# threads, scratch in shared memory
+SOURCE = """#include "fi/common/forest_block.h"
+
+extern "C" __global__ void __launch_bounds__({threads})
+fi_forest(const __grid_constant__ fi::ForestKernelParams p) {{
+  fi::forest::run<{threads}, {in_shared}>(p);
+}}
+"""
+
+
+class ForestStats(NamedTuple):
+    """What a step shares.
+
+    Attributes:
+        num_nodes: shared ranges.
+        num_links: memberships.
+        kv_tokens: of the step's requests, each counting its own.
+        read_tokens: of those, what is read when every node is read once.
+    """
+
+    num_nodes: int
+    num_links: int
+    kv_tokens: int
+    read_tokens: int
+
+
+class PrefixForest:
+    """The forest of one page table: fixed memory that every ``find`` refills.
+
+    Args:
+        capacity: the largest step; ``max_nodes`` > 0.
+        device: where the page table and lengths lie.
+
+    Attributes:
+        data: uint8 [layout.total_bytes] device, the forest.
+        layout: where its arrays lie.
+
+    On a GPU one object serves one stream at a time; a captured launch reads the page table it was
+    captured with, at any contents.
+    """
+
+    def __init__(self, capacity: Capacity, device: torch.device) -> None:
+        self._capacity = plan_capacity(capacity)
+        self.layout = _core.forest_layout(self._capacity)
+        self.data = torch.zeros(self.layout.total_bytes, dtype=torch.uint8, device=device)
+        self._kernel: _core.Kernel | None = None
+        if device.type != "cuda":
+            return
+        self._kernel = load(device_kernel(capacity), device)
+        self._params = _core.ForestKernelParams(self._capacity)
+        requests = max(capacity.max_requests, 1)
+        self._branches = torch.zeros(requests, 2, dtype=torch.int32, device=device)
+        self._arrivals = torch.zeros(1, dtype=torch.int32, device=device)
+        self._params.branches = self._branches.data_ptr()
+        self._params.arrivals = self._arrivals.data_ptr()
+        self._params.forest = self.data.data_ptr()
+        self._scratch: Tensor | None = None
+        if self._params.scratch_bytes > _MAX_SHARED_BYTES:
+            self._scratch = torch.empty(self._params.scratch_bytes, dtype=torch.uint8).to(device)
+            self._params.scratch = self._scratch.data_ptr()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of memory held on the device."""
+        if self._kernel is None:
+            return self.data.numel()
+        scratch = 0 if self._scratch is None else self._scratch.numel()
+        return self.data.numel() + 4 * (self._branches.numel() + 1) + scratch
+
+    def find(self, batch: PagedBatch, stream: int = 0) -> None:
+        """Find what the requests of a step share.
+
+        On a GPU this enqueues a kernel and returns; nothing is copied back.
+
+        Args:
+            batch: on the device of the forest; its nodes are not looked at.
+            stream: raw handle; not used on the CPU.
+        """
+        if self._kernel is None:
+            _core.find_forest(
+                self._capacity,
+                batch.num_requests,
+                batch.qo_indptr.data_ptr(),
+                batch.kv_len.data_ptr(),
+                batch.kv_len.element_size(),
+                table_view(batch),
+                self.data.data_ptr(),
+            )
+            return
+        params = self._params
+        params.num_requests = batch.num_requests
+        params.qo_indptr = batch.qo_indptr.data_ptr()
+        params.kv_len = batch.kv_len.data_ptr()
+        params.kv_len_is_int64 = batch.kv_len.dtype == torch.int64
+        params.set_table(table_view(batch))
+        _core.launch_forest(self._kernel, params, max(batch.num_requests, 1), _THREADS, stream)
+
+
+def plan_capacity(capacity: Capacity) -> _core.PlanCapacity:
+    """Return a capacity as the core has it."""
+    return _core.PlanCapacity(
+        max_requests=capacity.max_requests,
+        max_tokens=capacity.max_tokens,
+        max_kv_len=capacity.max_kv_len,
+        max_nodes=capacity.max_nodes,
+        max_links=capacity.max_links,
+        max_shared_tokens=capacity.max_shared_tokens,
+    )
+
+
+def device_kernel(capacity: Capacity) -> DeviceKernel:
+    """Return the kernel that finds forests within a capacity; the same for any architecture."""
+    scratch = _core.ForestKernelParams(plan_capacity(capacity)).scratch_bytes
+    in_shared = scratch <= _MAX_SHARED_BYTES
+    place = "" if in_shared else ", scratch in global memory"
+    return DeviceKernel(
+        title=f"prefix forest, {_THREADS} threads{place}",
+        entry="fi_forest",
+        source=SOURCE.format(threads=_THREADS, in_shared=bool_literal(in_shared)),
+        shared_bytes=scratch if in_shared else 0,
+    )
+
+
+def forest_arrays(
+    forest: NDArray[np.uint8], layout: _core.ForestLayout, num_requests: int
+) -> dict[str, NDArray[np.void]]:
+    """Return a forest as numpy structured arrays: header, nodes, requests, links.
+
+    Args:
+        forest: uint8 [layout.total_bytes] host.
+        layout: where its arrays lie.
+        num_requests: of the step.
+    """
+    header = forest[: FOREST_HEADER.itemsize].view(FOREST_HEADER)
+
+    def array(offset: int, dtype: np.dtype[np.void], count: int) -> NDArray[np.void]:
+        return forest[offset : offset + count * dtype.itemsize].view(dtype)
+
+    return {
+        "header": header,
+        "nodes": array(layout.nodes, FOREST_NODE, int(header["num_nodes"][0])),
+        "requests": array(layout.requests, FOREST_REQUEST, num_requests),
+        "links": array(layout.links, FOREST_LINK, int(header["num_links"][0])),
+    }
