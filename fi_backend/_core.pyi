@@ -340,6 +340,7 @@ class ForestKernelParams:
     branches: int
     arrivals: int
     forest: int
+    totals: int
     num_requests: int
     kv_len_is_int64: int
     def __init__(self, capacity: PlanCapacity) -> None: ...

@@ -36,7 +36,9 @@ NODE_LINK = _int32("node row_offset")
 GATHERED_TOKEN = _int32("token q_pos request local")
 
 # Records of kernels/include/fi/plan/forest.h.
-FOREST_HEADER = _int32("num_nodes num_links num_tokens status")
+FOREST_HEADER = _int32(
+    "num_nodes num_links num_tokens status kv_tokens saved_kv_tokens reserved0 reserved1"
+)
 FOREST_NODE = _int32("table_row kv_begin kv_end num_members num_tokens token_begin parent reserved")
 FOREST_REQUEST = _int32("link_begin num_links own_begin reserved")
 FOREST_LINK = _int32("node token_offset")

@@ -26,34 +26,31 @@ from fi_backend.layers import Capacity
 from fi_backend.plan_records import FOREST_HEADER, FOREST_LINK, FOREST_NODE, FOREST_REQUEST
 
 _THREADS = 256
+_CTAS_PER_SM = 4  # bounds registers, at 64
 # Of a CTA, so that the requests of a usual step are compared at once: more would leave fewer CTAs
 # on a multiprocessor.
 _MAX_SHARED_BYTES = 95 << 10
 
-# threads, scratch in shared memory
+# threads, CTAs of a multiprocessor, scratch in shared memory
 SOURCE = """#include "fi/common/forest_block.h"
 
-extern "C" __global__ void __launch_bounds__({threads})
+extern "C" __global__ void __launch_bounds__({threads}, {ctas_per_sm})
 fi_forest(const __grid_constant__ fi::ForestKernelParams p) {{
   fi::forest::run<{threads}, {in_shared}>(p);
 }}
 """
 
 
-class ForestStats(NamedTuple):
-    """What a step shares.
+class SharedReads(NamedTuple):
+    """What steps had to read, and what sharing saved of it.
 
     Attributes:
-        num_nodes: shared ranges.
-        num_links: memberships.
-        kv_tokens: of the step's requests, each counting its own.
-        read_tokens: of those, what is read when every node is read once.
+        kv_tokens: of all requests of all steps, each request counting its own.
+        saved_kv_tokens: of those, what was not read because another request's read served.
     """
 
-    num_nodes: int
-    num_links: int
     kv_tokens: int
-    read_tokens: int
+    saved_kv_tokens: int
 
 
 class PrefixForest:
@@ -66,6 +63,7 @@ class PrefixForest:
     Attributes:
         data: uint8 [layout.total_bytes] device, the forest.
         layout: where its arrays lie.
+        totals: int64 [2] device, kv_tokens and saved_kv_tokens of all steps so far.
 
     On a GPU one object serves one stream at a time; a captured launch reads the page table it was
     captured with, at any contents.
@@ -75,6 +73,7 @@ class PrefixForest:
         self._capacity = plan_capacity(capacity)
         self.layout = _core.forest_layout(self._capacity)
         self.data = torch.zeros(self.layout.total_bytes, dtype=torch.uint8, device=device)
+        self.totals = torch.zeros(2, dtype=torch.int64, device=device)
         self._kernel: _core.Kernel | None = None
         if device.type != "cuda":
             return
@@ -86,10 +85,15 @@ class PrefixForest:
         self._params.branches = self._branches.data_ptr()
         self._params.arrivals = self._arrivals.data_ptr()
         self._params.forest = self.data.data_ptr()
+        self._params.totals = self.totals.data_ptr()
         self._scratch: Tensor | None = None
         if self._params.scratch_bytes > _MAX_SHARED_BYTES:
             self._scratch = torch.empty(self._params.scratch_bytes, dtype=torch.uint8).to(device)
             self._params.scratch = self._scratch.data_ptr()
+
+    def reads(self) -> SharedReads:
+        """Return what all steps so far read; on a GPU this waits for the device."""
+        return SharedReads(*self.totals.tolist())
 
     @property
     def num_bytes(self) -> int:
@@ -118,6 +122,9 @@ class PrefixForest:
                 table_view(batch),
                 self.data.data_ptr(),
             )
+            header = self.data[: FOREST_HEADER.itemsize].numpy().view(FOREST_HEADER)[0]
+            self.totals[0] += int(header["kv_tokens"])
+            self.totals[1] += int(header["saved_kv_tokens"])
             return
         params = self._params
         params.num_requests = batch.num_requests
@@ -148,7 +155,9 @@ def device_kernel(capacity: Capacity) -> DeviceKernel:
     return DeviceKernel(
         title=f"prefix forest, {_THREADS} threads{place}",
         entry="fi_forest",
-        source=SOURCE.format(threads=_THREADS, in_shared=bool_literal(in_shared)),
+        source=SOURCE.format(
+            threads=_THREADS, ctas_per_sm=_CTAS_PER_SM, in_shared=bool_literal(in_shared)
+        ),
         shared_bytes=scratch if in_shared else 0,
     )
 

@@ -1,4 +1,4 @@
-"""Steps with shared prefixes for the two forest finders, and what they share, worked out naively."""
+"""Steps with shared prefixes for the two forest finders, and a naive search for what they share."""
 
 from __future__ import annotations
 

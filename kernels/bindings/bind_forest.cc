@@ -63,6 +63,7 @@ void bind_forest(py::module_& m) {
   def_pointer(params, "branches", &ForestKernelParams::branches);
   def_pointer(params, "arrivals", &ForestKernelParams::arrivals);
   def_pointer(params, "forest", &ForestKernelParams::forest);
+  def_pointer(params, "totals", &ForestKernelParams::totals);
   params.def(py::init(&make_params), py::arg("capacity"))
       .def_readwrite("num_requests", &ForestKernelParams::num_requests)
       .def_readwrite("kv_len_is_int64", &ForestKernelParams::kv_len_is_int64)

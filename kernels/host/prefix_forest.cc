@@ -48,7 +48,11 @@ class ForestBuilder {
   }
 
   void build() {
-    for (int32_t r = 0; r < num_requests_; ++r) steps_.push_back(own_steps(r));
+    for (int32_t r = 0; r < num_requests_; ++r) {
+      steps_.push_back(own_steps(r));
+      header().kv_tokens +=
+          static_cast<int32_t>(std::clamp<int64_t>(kv_len(r), 0, cap_.max_kv_len));
+    }
     for (int32_t r = 0; r < num_requests_; ++r) branches_.push_back(find_branch(r));
     grow_tree();
     count_members();
@@ -60,11 +64,13 @@ class ForestBuilder {
  private:
   int32_t q_len(int32_t r) const { return lengths_.qo_indptr[r + 1] - lengths_.qo_indptr[r]; }
 
+  int64_t kv_len(int32_t r) const {
+    return lengths_.kv_len_is_int64 ? static_cast<const int64_t*>(lengths_.kv_len)[r]
+                                    : static_cast<const int32_t*>(lengths_.kv_len)[r];
+  }
+
   int32_t own_steps(int32_t r) const {
-    const int64_t kv_len = lengths_.kv_len_is_int64
-                               ? static_cast<const int64_t*>(lengths_.kv_len)[r]
-                               : static_cast<const int32_t*>(lengths_.kv_len)[r];
-    return shareable_steps(q_len(r), kv_len, cap_.max_kv_len, step_tokens_);
+    return shareable_steps(q_len(r), kv_len(r), cap_.max_kv_len, step_tokens_);
   }
 
   int32_t entry(int32_t r, int32_t page) const {
@@ -167,6 +173,8 @@ class ForestBuilder {
                             node.parent ? node.parent->number : -1,
                             0};
       token_begin += node.num_tokens;
+      header().saved_kv_tokens +=
+          (node.num_members - 1) * (key.second - begin) * step_tokens_.value;
     }
   }
 

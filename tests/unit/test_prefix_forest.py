@@ -122,6 +122,9 @@ def test_random_steps_share_what_a_naive_search_finds(seed: int) -> None:
         assert len(pages) == 1
     creators = [(members[0], end) for _, end, members in nodes]
     assert creators == sorted(creators)
+    header = arrays["header"][0]
+    assert header["kv_tokens"] == step.batch.kv_len.sum()
+    assert header["saved_kv_tokens"] == sum((len(m) - 1) * (e - b) for b, e, m in nodes)
     for r, request in enumerate(arrays["requests"]):
         ends = [n[1] for n in nodes if r in n[2]]
         assert request["own_begin"] == max(ends, default=0)

@@ -48,11 +48,22 @@ class Step {
 
   FI_HOST_DEVICE int32_t q_len(int32_t r) const { return p.qo_indptr[r + 1] - p.qo_indptr[r]; }
 
+  FI_HOST_DEVICE int64_t kv_len(int32_t r) const {
+    return p.kv_len_is_int64 ? static_cast<const int64_t*>(p.kv_len)[r]
+                             : static_cast<const int32_t*>(p.kv_len)[r];
+  }
+
+  // Within capacity.
+  FI_HOST_DEVICE int32_t clamped_kv_len(int32_t r) const {
+    const int64_t length = kv_len(r);
+    return length < 0 ? 0
+                      : static_cast<int32_t>(
+                            length < p.capacity.max_kv_len ? length : p.capacity.max_kv_len);
+  }
+
   // Steps of its row that request r may share.
   FI_HOST_DEVICE int32_t steps(int32_t r) const {
-    const int64_t kv_len = p.kv_len_is_int64 ? static_cast<const int64_t*>(p.kv_len)[r]
-                                             : static_cast<const int32_t*>(p.kv_len)[r];
-    return shareable_steps(q_len(r), kv_len, p.capacity.max_kv_len, p.step_tokens);
+    return shareable_steps(q_len(r), kv_len(r), p.capacity.max_kv_len, p.step_tokens);
   }
 
  private:
@@ -139,15 +150,17 @@ struct Counts {
   int32_t nodes = 0;
   int32_t links = 0;
   int32_t tokens = 0;
+  int32_t kv_tokens = 0;
 
   template <class Map>
   FI_HOST_DEVICE Counts mapped(const Map& map) const {
-    return {map(nodes), map(links), map(tokens)};
+    return {map(nodes), map(links), map(tokens), map(kv_tokens)};
   }
   FI_HOST_DEVICE void operator+=(const Counts& other) {
     nodes += other.nodes;
     links += other.links;
     tokens += other.tokens;
+    kv_tokens += other.kv_tokens;
   }
 };
 
@@ -189,22 +202,35 @@ class Builder {
   }
 
   FI_HOST_DEVICE void read_branches() {
-    int32_t found = 0;
+    Counts own, total;
     for_each(p.num_requests, [&](int32_t r) {
       const Branch branch = block_.load(p.branches + r);
       s.branches[r] = branch;
       s.q_len[r] = step_.q_len(r);
       s.last_node[r] = -1;
-      found += branch.steps > 0;
+      own += {branch.steps > 0, 0, 0, step_.clamped_kv_len(r)};
     });
     for_each(p.num_names, [&](int32_t i) { s.names[i] = -1; });
-    Counts total;
-    block_.scan(Counts{found, 0, 0}, &total);
+    block_.scan(own, &total);
     num_branches_ = total.nodes;
+    kv_tokens_ = total.kv_tokens;
+  }
+
+  // `all`: of the nodes; their KV tokens are those that are saved.
+  FI_HOST_DEVICE void write_header(const Counts& all, int32_t status) const {
+    if (block_.thread() != 0) return;
+    int32_t* to = static_cast<int32_t*>(p.forest);
+    store_16(to, all.nodes, all.links, all.tokens, status);
+    store_16(to + 4, kv_tokens_, all.kv_tokens, 0, 0);
+    if (!p.totals) return;
+    // Plans of a stream follow one another: nobody else writes here meanwhile.
+    volatile int64_t* totals = p.totals;
+    totals[0] = totals[0] + kv_tokens_;
+    totals[1] = totals[1] + all.kv_tokens;
   }
 
   FI_HOST_DEVICE void write_empty() {
-    if (block_.thread() == 0) store_16(p.forest, 0, 0, 0, 0);
+    write_header({}, kPlanOk);
     for_each(p.num_requests, [&](int32_t r) { store_16(requests() + r, 0, 0, 0, 0); });
   }
 
@@ -249,7 +275,7 @@ class Builder {
     Counts sums;
     for_each_round(p.num_requests, [&](int32_t r, bool exists) {
       const bool holds = exists && s.name_of[r] >= 0 && s.names[s.name_of[r]] == r;
-      Counts total, before = block_.scan(Counts{holds, 0, 0}, &total);
+      Counts total, before = block_.scan(Counts{holds, 0, 0, 0}, &total);
       if (holds) s.holders[sums.nodes + before.nodes] = r;
       sums += total;
     });
@@ -320,7 +346,7 @@ class Builder {
     for_each_round(num_nodes_, [&](int32_t n, bool exists) {
       const bool counts = exists && s.nodes[n].number == 0;
       Counts own, total;
-      if (counts) own = {1, s.nodes[n].members, s.nodes[n].tokens};
+      if (counts) own = {1, s.nodes[n].members, s.nodes[n].tokens, 0};
       Counts before = block_.scan(own, &total);
       before += sums;
       sums += total;
@@ -330,7 +356,7 @@ class Builder {
       if (through.nodes <= cap.max_nodes && through.links <= cap.max_links &&
           through.tokens <= cap.max_shared_tokens) {
         s.nodes[n].number = before.nodes;
-        write_node(n, before);
+        own.kv_tokens = write_node(n, before);
         chosen += own;
       } else {
         s.nodes[n].number = -1;
@@ -340,22 +366,25 @@ class Builder {
     Counts all;
     block_.scan(chosen, &all, &bits);  // and a barrier: numbers are complete
     num_chosen_ = all.nodes;
-    if (block_.thread() == 0) store_16(p.forest, all.nodes, all.links, all.tokens, bits);
+    write_header(all, bits);
     for_each(num_nodes_, [&](int32_t n) {
       const int32_t number = s.nodes[n].number, parent = s.nodes[n].parent;
       if (number >= 0) nodes()[number].parent = parent < 0 ? -1 : s.nodes[parent].number;
     });
   }
 
-  FI_HOST_DEVICE void write_node(int32_t n, const Counts& before) {
+  // Returns the KV tokens that the node saves.
+  FI_HOST_DEVICE int32_t write_node(int32_t n, const Counts& before) {
     const TreeNode& node = s.nodes[n];
-    const int32_t begin = node.parent < 0 ? 0 : s.nodes[node.parent].end.steps;
+    const int32_t parent_steps = node.parent < 0 ? 0 : s.nodes[node.parent].end.steps;
+    const int32_t begin = parent_steps * p.step_tokens.value;
+    const int32_t end = node.end.steps * p.step_tokens.value;
     int32_t* to = reinterpret_cast<int32_t*>(nodes() + before.nodes);
-    store_16(to, node.end.creator, begin * p.step_tokens.value,
-             node.end.steps * p.step_tokens.value, node.members);
+    store_16(to, node.end.creator, begin, end, node.members);
     to[4] = node.tokens;
     to[5] = before.tokens;
     to[7] = 0;
+    return (node.members - 1) * (end - begin);
   }
 
   FI_HOST_DEVICE int16_t& chain(int32_t level, int32_t r) const {
@@ -375,7 +404,7 @@ class Builder {
         }
       }
       Counts total;
-      const int32_t first = sums.links + block_.scan(Counts{0, count, 0}, &total).links;
+      const int32_t first = sums.links + block_.scan(Counts{0, count, 0, 0}, &total).links;
       sums += total;
       if (!exists) return;
       store_16(requests() + r, first, count, own_begin, 0);
@@ -431,6 +460,7 @@ class Builder {
   const Step step_;
   Block& block_;
   int32_t num_branches_ = 0;
+  int32_t kv_tokens_ = 0;   // of the requests
   int32_t num_nodes_ = 0;   // of the tree
   int32_t num_chosen_ = 0;  // of the forest
 };

@@ -101,6 +101,7 @@ struct ForestKernelParams {
   forest::Branch* branches;  // [max_requests] from the CTAs that compare to the one that builds
   int32_t* arrivals;         // [1] CTAs that have compared; zero between launches
   void* forest;              // layout.total_bytes, 16-byte aligned
+  int64_t* totals;           // [2] kv_tokens and saved_kv_tokens are added; null: not wanted
 };
 
 }  // namespace fi

@@ -27,11 +27,14 @@ constexpr int32_t kMaxForestLevels = 8;
 // prefill is bound by its products, which sharing does not save.
 constexpr int32_t kMaxMemberTokens = 64;
 
-struct ForestHeader {
+struct alignas(16) ForestHeader {
   int32_t num_nodes;
-  int32_t num_links;   // memberships, summed over nodes
-  int32_t num_tokens;  // query tokens, summed over nodes
-  int32_t status;      // kPlanNodesDeclined: nodes that did not fit the capacity were left out
+  int32_t num_links;        // memberships, summed over nodes
+  int32_t num_tokens;       // query tokens, summed over nodes
+  int32_t status;           // kPlanNodesDeclined: nodes that did not fit the capacity were left out
+  int32_t kv_tokens;        // of the requests, each with all of its own
+  int32_t saved_kv_tokens;  // of those, what need not be read because another member does
+  int32_t reserved[2];
 };
 
 // Nodes ascend by (creator, end), where the creator is the lowest member: every node follows those
