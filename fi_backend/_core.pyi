@@ -87,6 +87,16 @@ def make_plan(
     nodes: list[int],
     plan: int,
 ) -> int: ...
+def make_plan_of_forest(
+    config: PlanConfig,
+    layout: PlanLayout,
+    num_requests: int,
+    qo_indptr: int,
+    kv_len: int,
+    kv_len_bytes: int,
+    forest: int,
+    plan: int,
+) -> int: ...
 
 # --- CPU engine (bindings/bind_cpu.cc)
 

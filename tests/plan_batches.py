@@ -8,6 +8,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from plan_forests import (
+    NO_NODES,
+    NODES_DECLINED,
+    ForestNode,
+    NodeCapacity,
+    capacity_of,
+    forest_bytes,
+    random_nodes,
+)
 
 from fi_backend import _core
 from fi_backend.plan_records import plan_arrays
@@ -45,6 +54,9 @@ class PlanCase:
     num_requests: int
     qo_indptr: NDArray[np.int32] = field(repr=False)
     kv_len: NDArray[Any] = field(repr=False)
+    node_capacity: NodeCapacity = NO_NODES
+    nodes: list[ForestNode] = field(default_factory=list, repr=False)
+    forest: NDArray[np.uint8] | None = field(default=None, repr=False)  # the same as bytes
 
     def config(self) -> _core.PlanConfig:
         return _core.PlanConfig(
@@ -54,7 +66,7 @@ class PlanCase:
             band=_core.Band(*self.band),
             invariant_chunk=self.chunk,
             classes=[_core.TileClass(*c) for c in self.classes],
-            capacity=_core.PlanCapacity(*self.capacity, 0, 0, 0),
+            capacity=_core.PlanCapacity(*self.capacity, *self.node_capacity),
         )
 
 
@@ -63,6 +75,35 @@ def plan_on_host(case: PlanCase, fill: int = 0xAB) -> NDArray[np.uint8]:
     config = case.config()
     layout = config.layout()
     plan = np.full(layout.total_bytes, fill, np.uint8)
+    _core.make_plan_of_forest(
+        config,
+        layout,
+        case.num_requests,
+        case.qo_indptr.ctypes.data,
+        case.kv_len.ctypes.data,
+        case.kv_len.itemsize,
+        0 if case.forest is None else case.forest.ctypes.data,
+        plan.ctypes.data,
+    )
+    return plan
+
+
+def plan_of_explicit_nodes(case: PlanCase, fill: int = 0xAB) -> NDArray[np.uint8]:
+    """The host's plan of the same nodes, given one by one."""
+    config = case.config()
+    layout = config.layout()
+    plan = np.full(layout.total_bytes, fill, np.uint8)
+    members = [m for n in case.nodes for m in n.members]
+    fields = [
+        np.array(values, np.int32)
+        for values in (
+            [n.members[0] for n in case.nodes],
+            [n.kv_begin for n in case.nodes],
+            [n.kv_end for n in case.nodes],
+            np.cumsum([0, *(len(n.members) for n in case.nodes)]),
+            members,
+        )
+    ]
     _core.make_plan(
         config,
         layout,
@@ -70,8 +111,8 @@ def plan_on_host(case: PlanCase, fill: int = 0xAB) -> NDArray[np.uint8]:
         case.qo_indptr.ctypes.data,
         case.kv_len.ctypes.data,
         case.kv_len.itemsize,
-        0,
-        [0] * 6,
+        len(case.nodes),
+        [*(f.ctypes.data for f in fields), 0],
         plan.ctypes.data,
     )
     return plan
@@ -120,6 +161,50 @@ def random_case(seed: int, max_requests: int = 1024) -> PlanCase:
         num_requests=num_requests,
         qo_indptr=indptr.astype(np.int32),
         kv_len=kv.astype(draw.choice([np.int32, np.int64])),
+    )
+
+
+# Of a step with a forest: query tokens of its requests.
+FOREST_KINDS = {
+    "decode": [1],
+    "padded": [0, 1, 1],
+    "verify": [1, 4, 8],
+    "drafts": [1, 16, 63, 64],
+    "mixed": [*[1] * 30, 0, 65, 300, 2048],
+}
+# (num_qo_heads, num_kv_heads): groups of 1 to 64.
+FOREST_HEADS = [(32, 8), (64, 8), (4, 1), (28, 4), (8, 8), (64, 1), (6, 2)]
+
+
+def forest_case(seed: int, max_requests: int = 300) -> PlanCase:
+    """A step whose requests share prefixes: several groups of up to eight levels."""
+    draw = Random(seed)
+    kind = draw.choice(list(FOREST_KINDS))
+    count = draw.choice([2, 3, draw.randint(2, 40), draw.randint(2, max_requests), max_requests])
+    kv_limit = draw.choice([200, 1000, 8192, 131_072])
+    q_lens = [draw.choice(FOREST_KINDS[kind]) for _ in range(count)]
+    kv_lens = [q + draw.choice([0, draw.randint(0, kv_limit), kv_limit]) for q in q_lens]
+    groups, step = draw.choice([1, 1, 3, 7, 40]), draw.choice([64, 64, 16, 192, 5])
+    nodes = random_nodes(draw, q_lens, kv_lens, groups, step)
+    node_capacity = capacity_of(nodes, q_lens).grown(draw.choice([0, 0, 1, 50]))
+    if node_capacity.max_nodes == 0:
+        node_capacity = NodeCapacity(1, 2, 2)
+    capacity = (count + draw.choice([0, 0, 5, 76]), max(1, sum(q_lens)), max(kv_lens))
+    status = draw.choice([0, 0, NODES_DECLINED])
+    return PlanCase(
+        name=f"{seed}-{kind}",
+        heads=draw.choice(FOREST_HEADS),
+        num_ctas=draw.choice([1, 3, 78, 132, 264, 396, 1000]),
+        band=draw.choice([(-1, 0, 0)] * 3 + [(-1, -1, 0), (-1, 9, 0)]),
+        chunk=0,
+        classes=draw.choice(CLASSES),
+        capacity=capacity,
+        num_requests=count,
+        qo_indptr=np.cumsum([0, *q_lens]).astype(np.int32),
+        kv_len=np.array(kv_lens, draw.choice([np.int32, np.int64])),
+        node_capacity=node_capacity,
+        nodes=nodes,
+        forest=forest_bytes(nodes, q_lens, node_capacity, capacity[0], status=status),
     )
 
 

@@ -101,6 +101,16 @@ int32_t make_plan(const host::PlanConfig& config, const PlanLayout& layout, int3
   return host::make_plan(config, layout, lengths, node_view, pointer<void>(plan));
 }
 
+// forest: its address, 0 = none.
+int32_t make_plan_of_forest(const host::PlanConfig& config, const PlanLayout& layout,
+                            int32_t num_requests, int64_t qo_indptr, int64_t kv_len,
+                            int32_t kv_len_bytes, int64_t forest, int64_t plan) {
+  const host::StepLengths lengths{num_requests, pointer<const int32_t>(qo_indptr),
+                                  pointer<const void>(kv_len), kv_len_bytes == 8};
+  py::gil_scoped_release release;
+  return host::make_plan(config, layout, lengths, pointer<const void>(forest), pointer<void>(plan));
+}
+
 }  // namespace
 
 void bind_plan(py::module_& m) {
@@ -110,6 +120,9 @@ void bind_plan(py::module_& m) {
   m.def("make_plan", &make_plan, py::arg("config"), py::arg("layout"), py::arg("num_requests"),
         py::arg("qo_indptr"), py::arg("kv_len"), py::arg("kv_len_bytes"), py::arg("num_nodes"),
         py::arg("nodes"), py::arg("plan"));
+  m.def("make_plan_of_forest", &make_plan_of_forest, py::arg("config"), py::arg("layout"),
+        py::arg("num_requests"), py::arg("qo_indptr"), py::arg("kv_len"), py::arg("kv_len_bytes"),
+        py::arg("forest"), py::arg("plan"));
 }
 
 }  // namespace fi

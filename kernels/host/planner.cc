@@ -28,6 +28,43 @@ PlanWriter write_view(void* plan, const PlanLayout& layout) {
           const_cast<GatheredToken*>(v.gathered)};
 }
 
+// The nodes of a prefix forest as Nodes: their members ascending, from the requests' links.
+class ForestNodes {
+ public:
+  ForestNodes(const ForestView& forest, int32_t num_requests) {
+    const int32_t num_nodes = forest.header->num_nodes;
+    member_ptr_.assign(1, 0);
+    for (int32_t n = 0; n < num_nodes; ++n) {
+      const ForestNode& node = forest.nodes[n];
+      table_row_.push_back(node.table_row);
+      kv_begin_.push_back(node.kv_begin);
+      kv_end_.push_back(node.kv_end);
+      member_ptr_.push_back(member_ptr_.back() + node.num_members);
+    }
+    members_.resize(member_ptr_.back());
+    std::vector<int32_t> next(member_ptr_.begin(), member_ptr_.end() - 1);
+    for (int32_t r = 0; num_nodes > 0 && r < num_requests; ++r) {
+      const ForestRequest& request = forest.requests[r];
+      for (int32_t l = 0; l < request.num_links; ++l) {
+        members_[next[forest.links[request.link_begin + l].node]++] = r;
+      }
+    }
+  }
+
+  Nodes view() const {
+    return {static_cast<int32_t>(table_row_.size()),
+            table_row_.data(),
+            kv_begin_.data(),
+            kv_end_.data(),
+            member_ptr_.data(),
+            members_.data(),
+            nullptr};
+  }
+
+ private:
+  std::vector<int32_t> table_row_, kv_begin_, kv_end_, member_ptr_, members_;
+};
+
 // Builds one plan in four passes: requests, nodes, spans, arrivals. The device planner runs the
 // same passes with scans in place of loops.
 class PlanBuilder {
@@ -42,6 +79,20 @@ class PlanBuilder {
 
   int32_t build(const StepLengths& lengths, const Nodes& nodes) {
     place_requests(lengths);
+    return build_from(nodes);
+  }
+
+  int32_t build(const StepLengths& lengths, const void* forest) {
+    place_requests(lengths);
+    if (!forest || out_.header->status != kPlanOk) return build_from(Nodes{});
+    const ForestView view = view_forest(forest, make_forest_layout(config_.capacity));
+    out_.header->status |= view.header->status & kPlanNodesDeclined;
+    return build_from(ForestNodes(view, num_requests_).view());
+  }
+
+ private:
+  // The passes that follow the requests.
+  int32_t build_from(const Nodes& nodes) {
     own_begin_.assign(num_requests_, 0);
     if (nodes.own_begin) own_begin_.assign(nodes.own_begin, nodes.own_begin + num_requests_);
     place_nodes(nodes);
@@ -51,7 +102,6 @@ class PlanBuilder {
     return out_.header->status;
   }
 
- private:
   // Lengths -> PlannedRequest, clamped to capacity; every clamp sets a status bit.
   void place_requests(const StepLengths& lengths) {
     const PlanCapacity& cap = config_.capacity;
@@ -371,6 +421,11 @@ Tiling make_tiling(const PlanConfig& config) {
 int32_t make_plan(const PlanConfig& config, const PlanLayout& layout, const StepLengths& lengths,
                   const Nodes& nodes, void* plan) {
   return PlanBuilder(config, layout, plan).build(lengths, nodes);
+}
+
+int32_t make_plan(const PlanConfig& config, const PlanLayout& layout, const StepLengths& lengths,
+                  const void* forest, void* plan) {
+  return PlanBuilder(config, layout, plan).build(lengths, forest);
 }
 
 }  // namespace fi::host

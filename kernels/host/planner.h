@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "fi/plan/forest.h"
 #include "fi/plan/row_tiles.h"
 
 namespace fi::host {
@@ -50,5 +51,10 @@ PlanLayout make_layout(const PlanConfig& config);
 // Fills `plan` (layout.total_bytes). Returns the PlanStatus bits that it also stores in the header.
 int32_t make_plan(const PlanConfig& config, const PlanLayout& layout, const StepLengths& lengths,
                   const Nodes& nodes, void* plan);
+
+// The same for the nodes of a prefix forest, which lies as make_forest_layout(config.capacity)
+// says; null: none. It was made for these lengths, and is ignored where they are out of contract.
+int32_t make_plan(const PlanConfig& config, const PlanLayout& layout, const StepLengths& lengths,
+                  const void* forest, void* plan);
 
 }  // namespace fi::host
