@@ -16,6 +16,9 @@ from fi_backend.layers import Capacity, LayerClass
 
 # Spans per thread: enough that a preempted thread's work is taken over by the others.
 CPU_SPANS_PER_THREAD = 4
+# Packed rows of the tiles of shared prefixes, at least: a decode step's kernel carries their class
+# beside that of its requests.
+SHARED_TILE_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ def plan_class(
     if device.type == "cuda":
         # A hint must not change which tiles a request gets where bits may not change.
         q_len = capacity.max_tokens if invariant_chunk else capacity.longest_q_len
+        if capacity.max_nodes > 0:  # nodes gather the rows of many requests
+            q_len = max(q_len, -(-SHARED_TILE_ROWS // layer_class.heads.group_size))
         gpu = _gpu_size(device)
         spec = attention_spec(
             layer_class.heads,
@@ -124,14 +129,19 @@ def _config(
         band=_core.Band(band.left, band.right, band.sink_prefix),
         invariant_chunk=invariant_chunk,
         classes=classes,
-        capacity=_core.PlanCapacity(
-            max_requests=capacity.max_requests,
-            max_tokens=capacity.max_tokens,
-            max_kv_len=capacity.max_kv_len,
-            max_nodes=capacity.max_nodes,
-            max_links=capacity.max_links,
-            max_shared_tokens=capacity.max_shared_tokens,
-        ),
+        capacity=plan_capacity(capacity),
+    )
+
+
+def plan_capacity(capacity: Capacity) -> _core.PlanCapacity:
+    """Return a capacity as the core has it."""
+    return _core.PlanCapacity(
+        max_requests=capacity.max_requests,
+        max_tokens=capacity.max_tokens,
+        max_kv_len=capacity.max_kv_len,
+        max_nodes=capacity.max_nodes,
+        max_links=capacity.max_links,
+        max_shared_tokens=capacity.max_shared_tokens,
     )
 
 

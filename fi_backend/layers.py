@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,6 +39,11 @@ class LayerClass:
         return self.dtype if self.kv_dtype is None else self.kv_dtype
 
     @property
+    def shares(self) -> bool:
+        """Whether prefixes are looked for: not under a window, which hides them from the end."""
+        return self.planned_band.left < 0
+
+    @property
     def planned_band(self) -> Band:
         """The band that bounds both ``band`` and the variant's mask: what the planner skips by."""
         if self.variant is None:
@@ -70,7 +75,7 @@ class Capacity:
         max_requests: requests of a step, padded ones included.
         max_tokens: query tokens of a step.
         max_kv_len: KV tokens of one request.
-        max_nodes: shared prefixes of a step; 0 turns sharing off.
+        max_nodes: shared prefixes of a step; 0 turns sharing off. See ``with_sharing``.
         max_links: memberships summed over nodes.
         max_shared_tokens: query tokens summed over nodes.
         max_q_len: query tokens of one request; 0: as many as the step has. Only a hint that picks
@@ -93,6 +98,22 @@ class Capacity:
     def longest_q_len(self) -> int:
         """Query tokens of the longest request that is expected."""
         return max(1, min(self.max_q_len or self.max_tokens, self.max_tokens))
+
+    def with_sharing(self, levels: int = 3) -> Capacity:
+        """Return a capacity whose planner looks for shared prefixes and reads them once.
+
+        Args:
+            levels: nested prefixes (system prompt, document, conversation) that all requests may
+                have at once. Each costs partial states of one step of decoding or verification.
+        """
+        links = levels * self.max_requests
+        tokens_each = min(self.max_q_len or 1, self.longest_q_len)
+        return replace(
+            self,
+            max_nodes=self.max_requests,
+            max_links=links,
+            max_shared_tokens=links * tokens_each,
+        )
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

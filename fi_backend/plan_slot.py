@@ -85,27 +85,33 @@ class PlanSlot:
         """
         return plan_arrays(self.plan.cpu().numpy(), self.layout)
 
-    def fill(self, batch: PagedBatch, status: Tensor, stream: int) -> None:
+    def fill(self, batch: PagedBatch, forest: Tensor | None, status: Tensor, stream: int) -> None:
         """Plan a step on the device, in stream order; ``StepPlanner.plan`` has checked it.
 
         Args:
             batch: without nodes, on the device of the slot.
+            forest: ``PrefixForest.data`` of the batch, on the device; None: nothing is shared.
             status: int32 [1] pinned; the kernel adds PlanStatus bits.
             stream: raw handle.
         """
         assert self._kernel is not None
-        self._kernel.enqueue(batch, self.plan, status, stream)
+        self._kernel.enqueue(batch, self.plan, status, stream, forest)
         self.batch = batch
         self.num_plans += 1
 
-    def fill_on_host(self, batch: PagedBatch, host: PagedBatch) -> int:
+    def fill_on_host(
+        self, batch: PagedBatch, host: PagedBatch, forest: Tensor | None = None
+    ) -> int:
         """Plan a step on the host and return its PlanStatus bits.
 
         Args:
             batch: on the device of the slot.
             host: its lengths and nodes on the CPU; the same batch for the CPU engine.
+            forest: ``PrefixForest.data`` of a batch without nodes, for the CPU engine.
         """
-        if self.device.type == "cpu":
+        if forest is not None:
+            bits = self._plan_forest(host, forest)
+        elif self.device.type == "cpu":
             bits = self._make_plan(host, self.plan)
         else:
             if self._host_plan is None:
@@ -116,6 +122,18 @@ class PlanSlot:
         self.batch = batch
         self.num_plans += 1
         return bits
+
+    def _plan_forest(self, host: PagedBatch, forest: Tensor) -> int:
+        return _core.make_plan_of_forest(
+            self.config,
+            self.layout,
+            host.num_requests,
+            host.qo_indptr.data_ptr(),
+            host.kv_len.data_ptr(),
+            host.kv_len.element_size(),
+            forest.data_ptr(),
+            self.plan.data_ptr(),
+        )
 
     def _make_plan(self, host: PagedBatch, plan: Tensor) -> int:
         nodes, count = host.nodes, 0

@@ -15,6 +15,7 @@ import os
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from fi_backend import _core, checks
 from fi_backend.class_plans import ClassPlan, plan_class
@@ -30,6 +31,7 @@ from fi_backend.plan_kernel import _CTAS_WITH_GLOBAL_SCRATCH as CTAS_WITH_GLOBAL
 from fi_backend.plan_kernel import PlanKernel
 from fi_backend.plan_slot import PlanSlot
 from fi_backend.plan_status import PlanStatus, StatusReport
+from fi_backend.prefix_forest import PrefixForest, forest_kernel
 from fi_backend.why_not import AttentionConfig, why_not
 from fi_backend.workspace import Workspace, WorkspaceSize
 
@@ -77,7 +79,9 @@ def workspace_bytes(
     """
     planned = _plan_classes(layer_classes, capacity, device, num_ctas, batch_invariant_chunk)
     plans = sum(p.layout.total_bytes for p in planned)
-    return plans + _scratch_bytes(planned) + WorkspaceSize.of(planned).num_bytes
+    tables = _shared_tables(layer_classes, capacity)
+    forests = len(tables) * PrefixForest.bytes_of(capacity, torch.device(device))
+    return plans + forests + _scratch_bytes(planned) + WorkspaceSize.of(planned).num_bytes
 
 
 def _plan_classes(
@@ -147,7 +151,7 @@ class StepPlanner:
         self.device = resolve_device(device)
         chunk = batch_invariant_chunk
         planned = _plan_classes(layer_classes, capacity, self.device, num_ctas, chunk)
-        _prebuild(planned, self.device)
+        _prebuild(planned, capacity, self.device)
         size = WorkspaceSize.of(planned)
         if workspace is None:
             workspace = Workspace.allocate(size, self.device)
@@ -160,6 +164,10 @@ class StepPlanner:
         ]
         self._num_page_tables = 1 + max(c.page_table_id for c in layer_classes)
         self._report = StatusReport(self.device)
+        self._forests = {
+            table: PrefixForest(capacity, self.device)
+            for table in _shared_tables(layer_classes, capacity)
+        }
 
     @property
     def num_page_tables(self) -> int:
@@ -169,7 +177,14 @@ class StepPlanner:
     @property
     def workspace_bytes(self) -> int:
         """Bytes of all plans and the workspace."""
-        return sum(s.num_bytes for s in self._slots) + self.workspace.num_bytes
+        plans = sum(s.num_bytes for s in self._slots)
+        forests = sum(forest.num_bytes for forest in self._forests.values())
+        return plans + forests + self.workspace.num_bytes
+
+    @property
+    def forests(self) -> tuple[PrefixForest, ...]:
+        """What was found shared, per page table; empty where sharing is off."""
+        return tuple(self._forests.values())
 
     @property
     def status(self) -> PlanStatus:
@@ -181,6 +196,9 @@ class StepPlanner:
 
     def plan(self, batch: PagedBatch | Sequence[PagedBatch]) -> None:
         """Plan one step into every slot.
+
+        Where the capacity has room for nodes and a batch comes without them, prefixes that its page
+        table shows to be shared are found first and read once (prefix_forest.py).
 
         On a GPU this enqueues a kernel per slot on the current stream, without waiting for the
         device or reading its memory: values out of contract are clamped there, set ``status`` and
@@ -206,9 +224,10 @@ class StepPlanner:
         if self.device.type == "cpu":
             for one in batches:
                 checks.validate(one, self.capacity)
+            found = self._find_forests(batches)
             for slot in self._slots:
                 one = batches[slot.layer_class.page_table_id]
-                self._report.add(slot.fill_on_host(one, one))
+                self._report.add(slot.fill_on_host(one, one, self._forest_of(slot, found)))
         else:
             self._plan_on_device(batches)
         self._report.log_news()
@@ -221,6 +240,7 @@ class StepPlanner:
             for one in batches
         ]
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        found = self._find_forests(batches, stream)
         for slot in self._slots:
             table_id = slot.layer_class.page_table_id
             one, host = batches[table_id], hosts[table_id]
@@ -229,7 +249,21 @@ class StepPlanner:
             if one.nodes is not None and host is not None:
                 self._report.add(slot.fill_on_host(one, host))
             else:
-                slot.fill(one, self._report.word, stream)
+                slot.fill(one, self._forest_of(slot, found), self._report.word, stream)
+
+    def _find_forests(
+        self, batches: tuple[PagedBatch, ...], stream: int = 0
+    ) -> dict[int, PrefixForest]:
+        """Look for shared prefixes in the batches that come without nodes."""
+        found = {t: f for t, f in self._forests.items() if batches[t].nodes is None}
+        for table, forest in found.items():
+            forest.find(batches[table], stream)
+        return found
+
+    @staticmethod
+    def _forest_of(slot: PlanSlot, found: dict[int, PrefixForest]) -> Tensor | None:
+        forest = found.get(slot.layer_class.page_table_id)
+        return forest.data if forest is not None and slot.layer_class.shares else None
 
     def _check_on_host(self, batch: PagedBatch) -> None:
         """Check what is known without reading device memory."""
@@ -291,6 +325,13 @@ def _check_classes(layer_classes: Sequence[LayerClass], device: torch.device | s
         )
 
 
+def _shared_tables(layer_classes: Sequence[LayerClass], capacity: Capacity) -> list[int]:
+    """Return the page tables that some class looks for shared prefixes in."""
+    if capacity.max_nodes == 0:
+        return []
+    return sorted({c.page_table_id for c in layer_classes if c.shares})
+
+
 def _scratch_bytes(planned: Sequence[ClassPlan]) -> int:
     """Bytes that planner kernels hold where a capacity is too large for shared memory."""
     return sum(
@@ -300,9 +341,12 @@ def _scratch_bytes(planned: Sequence[ClassPlan]) -> int:
     )
 
 
-def _prebuild(planned: Sequence[ClassPlan], device: torch.device) -> None:
+def _prebuild(planned: Sequence[ClassPlan], capacity: Capacity, device: torch.device) -> None:
     """Compile what the planner will load, all kernels at once."""
     kernels = [attention_kernel(p.spec) for p in planned if p.spec is not None]
-    if kernels:
-        plan_kernels = [PlanKernel.device_kernel(p.config, p.layout) for p in planned]
-        prebuild([*kernels, *plan_kernels], arch_of(device))
+    if not kernels:
+        return
+    kernels += [PlanKernel.device_kernel(p.config, p.layout) for p in planned]
+    if _shared_tables([p.layer_class for p in planned], capacity):
+        kernels.append(forest_kernel(capacity))
+    prebuild(kernels, arch_of(device))

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fi_backend import _core
+from fi_backend.class_plans import plan_capacity
 from fi_backend.formats import PagedBatch
 from fi_backend.jit.kernels import DeviceKernel, bool_literal, load
 from fi_backend.launch import table_view
@@ -26,10 +26,12 @@ from fi_backend.layers import Capacity
 from fi_backend.plan_records import FOREST_HEADER, FOREST_LINK, FOREST_NODE, FOREST_REQUEST
 
 _THREADS = 256
-_CTAS_PER_SM = 4  # bounds registers, at 64
+_CTAS_PER_SM = 3  # bounds registers, at 80
 # Of a CTA, so that the requests of a usual step are compared at once: more would leave fewer CTAs
 # on a multiprocessor.
 _MAX_SHARED_BYTES = 95 << 10
+
+_BRANCH_BYTES, _ARRIVALS_BYTES, _TOTALS_BYTES = 8, 4, 16
 
 # threads, CTAs of a multiprocessor, scratch in shared memory
 SOURCE = """#include "fi/common/forest_block.h"
@@ -74,34 +76,43 @@ class PrefixForest:
         self.layout = _core.forest_layout(self._capacity)
         self.data = torch.zeros(self.layout.total_bytes, dtype=torch.uint8, device=device)
         self.totals = torch.zeros(2, dtype=torch.int64, device=device)
+        self._held = [self.data, self.totals]
         self._kernel: _core.Kernel | None = None
         if device.type != "cuda":
             return
-        self._kernel = load(device_kernel(capacity), device)
+        self._kernel = load(forest_kernel(capacity), device)
         self._params = _core.ForestKernelParams(self._capacity)
-        requests = max(capacity.max_requests, 1)
-        self._branches = torch.zeros(requests, 2, dtype=torch.int32, device=device)
-        self._arrivals = torch.zeros(1, dtype=torch.int32, device=device)
-        self._params.branches = self._branches.data_ptr()
-        self._params.arrivals = self._arrivals.data_ptr()
+        branches = torch.zeros(capacity.max_requests, 2, dtype=torch.int32, device=device)
+        arrivals = torch.zeros(1, dtype=torch.int32, device=device)
+        self._held += [branches, arrivals]
+        self._params.branches = branches.data_ptr()
+        self._params.arrivals = arrivals.data_ptr()
         self._params.forest = self.data.data_ptr()
         self._params.totals = self.totals.data_ptr()
-        self._scratch: Tensor | None = None
         if self._params.scratch_bytes > _MAX_SHARED_BYTES:
-            self._scratch = torch.empty(self._params.scratch_bytes, dtype=torch.uint8).to(device)
-            self._params.scratch = self._scratch.data_ptr()
+            size = self._params.scratch_bytes
+            scratch = torch.empty(size, dtype=torch.uint8, device=device)
+            self._held.append(scratch)
+            self._params.scratch = scratch.data_ptr()
 
     def reads(self) -> SharedReads:
         """Return what all steps so far read; on a GPU this waits for the device."""
         return SharedReads(*self.totals.tolist())
 
+    @staticmethod
+    def bytes_of(capacity: Capacity, device: torch.device) -> int:
+        """Return the memory that a forest of this capacity holds on a device."""
+        held = _core.forest_layout(plan_capacity(capacity)).total_bytes + _TOTALS_BYTES
+        if device.type != "cuda":
+            return held
+        scratch = _core.ForestKernelParams(plan_capacity(capacity)).scratch_bytes
+        branches = _BRANCH_BYTES * capacity.max_requests
+        return held + branches + _ARRIVALS_BYTES + (scratch if scratch > _MAX_SHARED_BYTES else 0)
+
     @property
     def num_bytes(self) -> int:
-        """Bytes of memory held on the device."""
-        if self._kernel is None:
-            return self.data.numel()
-        scratch = 0 if self._scratch is None else self._scratch.numel()
-        return self.data.numel() + 4 * (self._branches.numel() + 1) + scratch
+        """Memory held on the device."""
+        return sum(t.numel() * t.element_size() for t in self._held)
 
     def find(self, batch: PagedBatch, stream: int = 0) -> None:
         """Find what the requests of a step share.
@@ -135,19 +146,7 @@ class PrefixForest:
         _core.launch_forest(self._kernel, params, max(batch.num_requests, 1), _THREADS, stream)
 
 
-def plan_capacity(capacity: Capacity) -> _core.PlanCapacity:
-    """Return a capacity as the core has it."""
-    return _core.PlanCapacity(
-        max_requests=capacity.max_requests,
-        max_tokens=capacity.max_tokens,
-        max_kv_len=capacity.max_kv_len,
-        max_nodes=capacity.max_nodes,
-        max_links=capacity.max_links,
-        max_shared_tokens=capacity.max_shared_tokens,
-    )
-
-
-def device_kernel(capacity: Capacity) -> DeviceKernel:
+def forest_kernel(capacity: Capacity) -> DeviceKernel:
     """Return the kernel that finds forests within a capacity; the same for any architecture."""
     scratch = _core.ForestKernelParams(plan_capacity(capacity)).scratch_bytes
     in_shared = scratch <= _MAX_SHARED_BYTES

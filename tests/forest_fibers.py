@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from plan_fibers import empty_plan
 
 from fi_backend import _core
+from fi_backend.class_plans import plan_capacity
 from fi_backend.jit.headers import INCLUDE_ROOT
 from fi_backend.jit.host_compiler import find_compiler
 from fi_backend.launch import table_view
-from fi_backend.prefix_forest import plan_capacity
 
 SOURCE = (
     plan_fibers.SOURCE

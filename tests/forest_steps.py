@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from plan_fibers import FILL
 
 from fi_backend import Capacity, PagedBatch, PageTable, _core
+from fi_backend.class_plans import plan_capacity
 from fi_backend.launch import table_view
-from fi_backend.prefix_forest import forest_arrays, plan_capacity
+from fi_backend.prefix_forest import forest_arrays
 
 CHECKPOINT, MAX_LEVELS, MAX_MEMBER_TOKENS = 64, 8, 64
 UNUSED = -(1 << 20)  # in entries that nobody may read
@@ -94,7 +95,7 @@ def nodes_of(arrays: dict[str, NDArray[np.void]]) -> list[Node]:
     return [(int(begin), int(end), tuple(m)) for begin, end, m in ranges]
 
 
-def random_step(seed: int, max_requests: int = 60) -> Step:
+def random_step(seed: int, max_requests: int = 60, most_tokens: int = 20_000) -> Step:
     """Requests that branch off each other anywhere, in any order."""
     draw = Random(seed)
     page = draw.choice([1, 1, 16, 16, 16, 48, 64, 256])
@@ -102,6 +103,7 @@ def random_step(seed: int, max_requests: int = 60) -> Step:
     fresh = iter(range(1, 1 << 30))
     rows: list[list[int]] = []
     limit = draw.choice([300, 2000]) if page == 1 else draw.choice([500, 4000, 20_000])
+    limit = min(limit, most_tokens)
     for _ in range(count):
         length = draw.randint(0, limit) // page
         row: list[int] = []

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw", "explain", "text"]
 
+MAX_FOREST_LEVELS = 8  # kMaxForestLevels of fi/plan/forest.h
 # The layer that explain() plans for when it is given none: small groups show splits and merges.
 EXAMPLE_HEADS = HeadShape(num_qo_heads=4, num_kv_heads=1, head_dim_qk=64)
 
@@ -69,6 +70,9 @@ def plan_alone(batch: PagedBatch) -> PlanSlot:
     from fi_backend.planner import StepPlanner  # noqa: PLC0415
 
     layer_class = LayerClass(EXAMPLE_HEADS, torch.float32)
-    planner = StepPlanner([layer_class], Capacity(**used_capacity(batch)))
+    capacity = Capacity(**used_capacity(batch))
+    if batch.nodes is None:
+        capacity = capacity.with_sharing(levels=MAX_FOREST_LEVELS)
+    planner = StepPlanner([layer_class], capacity)
     planner.plan(batch)
     return planner.slot(0)

@@ -147,6 +147,6 @@ def test_the_device_finds_the_same_bytes(fibers: ctypes.CDLL, launch: tuple[int,
 @pytest.mark.parametrize("max_requests", [256, 4096])
 def test_compiles_without_spills(arch: str, max_requests: int) -> None:
     capacity = Capacity(max_requests, 8192, 131_072, max_requests, max_requests, max_requests)
-    cubin = compile_cubin(prefix_forest.device_kernel(capacity).source, arch)
+    cubin = compile_cubin(prefix_forest.forest_kernel(capacity).source, arch)
     assert (cubin.spill_bytes, cubin.stack_bytes) == (0, 0), cubin.log
     assert "warning" not in cubin.log
