@@ -126,7 +126,7 @@ int32_t set_grid(AppendParams& p) {
   p.page_size = make_divisor(p.kv.page_size);
   p.num_slots = static_cast<int32_t>(p.kv.num_pages * p.kv.page_size);
   const int32_t ctas = count(1);
-  return ctas <= kAppendWaveCtas ? ctas : count(max_passes(rotary_dim > 0));
+  return ctas <= kAppendWaveCtas ? ctas : count(kMaxPasses);
 }
 
 void launch_append(const Kernel& kernel, const AppendParams& params,

@@ -96,16 +96,15 @@ fake.fake_enter(0x10000)
 
 
 def test_grids(tmp_path: Path) -> None:
-    """16 threads per row of 128 elements: 16 rows per CTA at first, 4 times as many in large steps;
-    half the threads where rotation pairs chunks, and then at most twice as many rows.
-    """
+    """8 threads per row of 128 elements: 32 rows per CTA, twice as many in large steps."""
     cases = {
-        "grid(64, 8, (128, 128))": [(32 + 32, 256, "0x7")],
+        "grid(64, 8, (128, 128))": [(16 + 16, 256, "0x7")],
+        "grid(64, 8, (72, 72))": [(19 + 19, 256, "0x7")],
         "grid(1, 1, (128, 128))": [(1 + 1, 256, "0x7")],
-        "grid(7, 3, (192, 128))": [(3 + 2, 256, "0x7")],
+        "grid(14, 3, (192, 128))": [(2 + 2, 256, "0x7")],
         "grid(8192, 8, (128, 128))": [(1024 + 1024, 256, "0x7")],
-        "grid(64, 8, (128, 128), 32, 128)": [(16 + 32 + 64, 256, "0x7")],
-        "grid(8192, 8, (128, 128), 32, 128)": [(1024 + 2048 + 4096, 256, "0x7")],
+        "grid(64, 8, (128, 128), 32, 128)": [(16 + 16 + 64, 256, "0x7")],
+        "grid(8192, 8, (128, 128), 32, 128)": [(1024 + 1024 + 4096, 256, "0x7")],
         "grid(0, 8, (128, 128))": [],
         "merge_grid(1000, 32)": [125],
         "merge_grid(0, 32)": [],
