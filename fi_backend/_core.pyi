@@ -407,6 +407,7 @@ def launch_merge(
     addresses: tuple[int, int, int, int],
     num_states: int,
     rows: int,
-    threads_per_row: int,
+    dim: int,
+    aligned: bool,
     stream: int,
 ) -> None: ...

@@ -108,7 +108,7 @@ def append_kernels(spec: AppendSpec) -> list[DeviceKernel]:
 def merge_kernel(dim: int, softmax: bool = True, aligned: bool = True) -> DeviceKernel:
     """Return the kernel that merges states of ``dim`` elements; aligned: dim is a multiple of 4."""
     source = f"""#include "fi/common/merge_states.h"
-extern "C" __global__ void __launch_bounds__(fi::kMergeThreads)
+extern "C" __global__ void __launch_bounds__(fi::kMergeThreads, fi::kMergeCtas)
 fi_merge_states(const __grid_constant__ fi::MergeKernelParams p) {{
   fi::merge_states<{dim}, {bool_literal(aligned)}, {bool_literal(softmax)}>(p);
 }}
@@ -146,9 +146,8 @@ def run_merge(o: Tensor, lse: Tensor, softmax: bool) -> tuple[Tensor, Tensor]:
     aligned = dim % 4 == 0 and o.data_ptr() % _VECTOR_BYTES == 0
     kernel = load(merge_kernel(dim, softmax, aligned), o.device)
     addresses = (o.data_ptr(), lse.data_ptr(), out_o.data_ptr(), out_lse.data_ptr())
-    threads_per_row = dim // 4 if aligned else dim
     stream = _current_stream(o.device)
-    _core.launch_merge(kernel, addresses, num_states, tokens * heads, threads_per_row, stream)
+    _core.launch_merge(kernel, addresses, num_states, tokens * heads, dim, aligned, stream)
     return out_o, out_lse
 
 

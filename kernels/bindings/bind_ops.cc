@@ -126,7 +126,7 @@ int32_t set_grid(AppendParams& p) {
   p.page_size = make_divisor(p.kv.page_size);
   p.num_slots = static_cast<int32_t>(p.kv.num_pages * p.kv.page_size);
   const int32_t ctas = count(1);
-  return ctas <= kAppendWaveCtas ? ctas : count(max_passes(rotary_dim > 0));
+  return ctas <= kAppendWaveCtas ? ctas : count(kMaxPasses);
 }
 
 void launch_append(const Kernel& kernel, const AppendParams& params,
@@ -140,11 +140,12 @@ void launch_append(const Kernel& kernel, const AppendParams& params,
 // o, lse, out_o, out_lse.
 using MergeAddresses = std::array<intptr_t, 4>;
 
-void launch_merge(const Kernel& kernel, const MergeAddresses& addresses, int64_t num_states,
-                  int64_t rows, int64_t threads_per_row, std::uintptr_t stream) {
+void launch_merge(const Kernel& kernel, const MergeAddresses& addresses, int32_t num_states,
+                  int64_t rows, int32_t dim, bool aligned, std::uintptr_t stream) {
   const auto at = [&addresses](int i) { return reinterpret_cast<float*>(addresses[i]); };
-  const MergeKernelParams params{at(0), at(1), at(2), at(3), num_states, rows};
-  const int64_t grid = (rows * threads_per_row + kMergeThreads - 1) / kMergeThreads;
+  const MergeKernelParams params{at(0), at(1), at(2), at(3), rows, num_states};
+  const int64_t threads = rows * merge_lanes(dim, aligned);
+  const int64_t grid = (threads + kMergeThreads - 1) / kMergeThreads;
   if (grid > 0) kernel.launch(&params, static_cast<int32_t>(grid), 1, kMergeThreads, stream);
 }
 
@@ -156,7 +157,8 @@ void bind_ops(py::module_& m) {
   m.def("launch_append", &launch_append, py::arg("kernel"), py::arg("params"), py::arg("addresses"),
         py::arg("stream"));
   m.def("launch_merge", &launch_merge, py::arg("kernel"), py::arg("addresses"),
-        py::arg("num_states"), py::arg("rows"), py::arg("threads_per_row"), py::arg("stream"));
+        py::arg("num_states"), py::arg("rows"), py::arg("dim"), py::arg("aligned"),
+        py::arg("stream"));
 }
 
 }  // namespace fi

@@ -33,6 +33,8 @@ MERGES = [
     Merge("two", 2, 1000, 32, 128),
     Merge("one-state", 1, 5, 3, 64),
     Merge("many", 37, 9, 8, 128),
+    *(Merge(f"states-{states}", states, 40, 4, 128) for states in range(3, 10)),
+    Merge("dim-36", 2, 60, 4, 36),
     Merge("dim-2", 4, 77, 3, 2),
     Merge("dim-33", 5, 100, 5, 33),
     Merge("dim-127", 9, 20, 2, 127),

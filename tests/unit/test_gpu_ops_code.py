@@ -39,6 +39,8 @@ KERNELS = [
     merge_kernel(128, softmax=False),
     merge_kernel(127, aligned=False),
     merge_kernel(576),
+    merge_kernel(36),
+    merge_kernel(96, aligned=False),
 ]
 # sm_80 has no instruction that rounds to fp8: the CUDA header does it by integers.
 ELSEWHERE = [
@@ -87,8 +89,8 @@ def grid(tokens, kv_heads, dims, qo_heads=0, rotary_dim=0):
     return [(int(c.split()[2], 16), int(c.split()[5], 16), c.split()[-1]) for c in calls()
             if c.startswith("cuLaunchKernel")]
 
-def merge_grid(rows, threads_per_row):
-    _core.launch_merge(load(), (0,) * 4, 2, rows, threads_per_row, 0)
+def merge_grid(rows, dim, aligned=True):
+    _core.launch_merge(load(), (0,) * 4, 2, rows, dim, aligned, 0)
     return [int(c.split()[2], 16) for c in calls() if c.startswith("cuLaunchKernel")]
 
 fake.fake_enter(0x10000)
@@ -96,19 +98,20 @@ fake.fake_enter(0x10000)
 
 
 def test_grids(tmp_path: Path) -> None:
-    """16 threads per row of 128 elements: 16 rows per CTA at first, 4 times as many in large steps;
-    half the threads where rotation pairs chunks, and then at most twice as many rows.
-    """
+    """8 threads per row of 128 elements: 32 rows per CTA, twice as many in large steps."""
     cases = {
-        "grid(64, 8, (128, 128))": [(32 + 32, 256, "0x7")],
+        "grid(64, 8, (128, 128))": [(16 + 16, 256, "0x7")],
+        "grid(64, 8, (72, 72))": [(19 + 19, 256, "0x7")],
         "grid(1, 1, (128, 128))": [(1 + 1, 256, "0x7")],
-        "grid(7, 3, (192, 128))": [(3 + 2, 256, "0x7")],
+        "grid(14, 3, (192, 128))": [(2 + 2, 256, "0x7")],
         "grid(8192, 8, (128, 128))": [(1024 + 1024, 256, "0x7")],
-        "grid(64, 8, (128, 128), 32, 128)": [(16 + 32 + 64, 256, "0x7")],
-        "grid(8192, 8, (128, 128), 32, 128)": [(1024 + 2048 + 4096, 256, "0x7")],
+        "grid(64, 8, (128, 128), 32, 128)": [(16 + 16 + 64, 256, "0x7")],
+        "grid(8192, 8, (128, 128), 32, 128)": [(1024 + 1024 + 4096, 256, "0x7")],
         "grid(0, 8, (128, 128))": [],
-        "merge_grid(1000, 32)": [125],
-        "merge_grid(0, 32)": [],
+        "merge_grid(1000, 128)": [63],
+        "merge_grid(1000, 36)": [36],
+        "merge_grid(1000, 33, False)": [129],
+        "merge_grid(0, 128)": [],
     }
     script = GRIDS + "".join(f"\nprint({call})" for call in cases)
     output = fake_cuda.run(fake_cuda.build_fake(tmp_path), script)

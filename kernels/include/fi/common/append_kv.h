@@ -4,6 +4,7 @@
 #pragma once
 
 #include "fi/common/rope.h"
+#include "fi/ptx/thread.h"
 
 namespace fi {
 
@@ -44,94 +45,139 @@ struct QueryRows {
 };
 
 // What a thread holds of one row.
-template <class Element, class R>
+template <class Element, class Stored, class R>
 struct LoadedUnit {
-  int token;  // negative: nothing
-  int head;
-  int64_t slot, position;
+  Stored* row;  // null: nothing
   float scale;
   Chunk<Element> x, y;  // y: the partner
   Chunk<typename R::CosSin, R::kAngles> cos, sin;
 };
 
-template <class Element, class Stored, bool kAligned, class R>
-__device__ inline void store_unit(const LoadedUnit<Element, R>& loaded, const Unit& unit,
-                                  Stored* row) {
+// Which row it is. On its way with the unit; gone before the angles come.
+struct RowOfTokens {
+  int token;  // negative: none
+  int head;
+  int64_t slot, position;
+};
+
+template <bool kAligned, class R>
+__device__ inline void load_angles(const RopeParams& rope, int64_t position, const Unit& unit,
+                                   Chunk<typename R::CosSin, R::kAngles>& cos,
+                                   Chunk<typename R::CosSin, R::kAngles>& sin) {
+  const auto* row = static_cast<const typename R::CosSin*>(rope.cos_sin) +
+                    position * rope.cos_sin_stride + unit.angle;
+  cos = load_chunk<kAligned, R::kAngles>(row, unit.angles);
+  sin = load_chunk<kAligned, R::kAngles>(row + R::kRotaryDim / 2, unit.angles);
+}
+
+template <bool kDivides, class Element, class Stored, int kDim, bool kAligned, class R>
+__device__ inline void store_unit(const LoadedUnit<Element, Stored, R>& loaded, const Unit& unit) {
   constexpr bool kIsCopy = R::kRotaryDim == 0 && sizeof(Stored) == sizeof(Element);
+  constexpr bool kHasPartners = R::kRotaryDim == 0 ? has_halves(kDim) : !R::kIsInterleaved;
+  Stored* const to = loaded.row + unit.first;
+  Stored* const to_partner = loaded.row + unit.partner;
   if constexpr (kIsCopy) {
-    store_chunk<kAligned>(row + unit.first, loaded.x, unit.count);
+    store_chunk<kAligned>(to, loaded.x, unit.count);
+    if constexpr (kHasPartners) store_chunk<kAligned>(to_partner, loaded.y, unit.count);
   } else {
-    float x[kChunk], y[kChunk];
+    float x[kChunk], y[kChunk]{};
     unpack(loaded.x, x);
+    if constexpr (kHasPartners) unpack(loaded.y, y);
     if constexpr (R::kRotaryDim > 0) {
       float cos[R::kAngles], sin[R::kAngles];
-      if constexpr (!R::kIsInterleaved) unpack(loaded.y, y);
       unpack(loaded.cos, cos);
       unpack(loaded.sin, sin);
       rotate_unit<R>(x, y, cos, sin, unit.angles);
     }
-    if constexpr (sizeof(Stored) == 1) {
-      divide_by_scale(x, loaded.scale);
-      if constexpr (R::kRotaryDim > 0 && !R::kIsInterleaved) divide_by_scale(y, loaded.scale);
-    }
-    store_chunk<kAligned>(row + unit.first, pack<Stored>(x), unit.count);
-    if constexpr (R::kRotaryDim > 0 && !R::kIsInterleaved) {
-      if (unit.partner) store_chunk<kAligned>(row + unit.partner, pack<Stored>(y), unit.count);
+    if constexpr (sizeof(Stored) == 1 && !kDivides) divide_by_scale(x, y, loaded.scale);
+    if constexpr (sizeof(Stored) == 1 && kDivides) divide_exactly(x, y, loaded.scale);
+    store_chunk<kAligned>(to, pack<Stored>(x), unit.count);
+    if constexpr (kHasPartners) {
+      if (unit.partner) store_chunk<kAligned>(to_partner, pack<Stored>(y), unit.count);
     }
   }
 }
 
-// Moves the rows of CTA `cta` of one tensor. All loads of a thread are issued before its first
-// store. A thread writes only what it alone reads, so q may be rotated in place.
-template <class Element, int kDim, bool kAligned, class R, int kPasses, class Target>
-__device__ inline void append_rows(const AppendParams& p, int cta, const void* data,
-                                   TokenStrides stride, const Divisor& heads,
-                                   const Target& target) {
+// A tensor of new rows and where they go.
+template <class Element, class Target>
+struct Rows {
+  const Element* data;
+  TokenStrides stride;
+  Divisor heads;
+  Target target;
+  int count;
+};
+
+// Moves the thread's units of `kPasses` passes of CTA `cta` from first_pass on. All its loads are
+// issued before its first store. With kDivides rows of awkward scales are moved, else the others;
+// returns whether rows were left.
+template <bool kDivides, int kPasses, int kDim, bool kAligned, class R, class Element, class Target>
+__device__ inline bool move_units(const AppendParams& p, int cta, const Rows<Element, Target>& rows,
+                                  int first_pass) {
+  using Stored = typename Target::Stored;
   constexpr int kUnits = units_of_row(kDim, R::kRotaryDim, R::kIsInterleaved);
   constexpr int kRows = rows_per_pass(kUnits);
   static_assert(kRows > 0, "a row has more units than a CTA has threads");
-  const int row_of_pass = threadIdx.x / kUnits;
-  if (row_of_pass >= kRows) return;
-  const Unit unit = unit_of<R, kDim>(threadIdx.x % kUnits);
-  const int num_rows = p.num_tokens * heads.value;
-  LoadedUnit<Element, R> loaded[kPasses];
+  const uint32_t thread = ptx::thread_index();
+  if (thread >= kRows * kUnits) return false;
+  const Unit unit = unit_of<R, kDim>(thread % kUnits);
+  const int first_row = (cta * p.passes + first_pass) * kRows + static_cast<int>(thread / kUnits);
+  LoadedUnit<Element, Stored, R> loaded[kPasses];
+  RowOfTokens row_of[kPasses];
 
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     auto& l = loaded[pass];
-    const int row = (cta * p.passes + pass) * kRows + row_of_pass;
-    l.token = -1;
-    if (pass >= p.passes || row >= num_rows) continue;
-    l.token = heads.quotient(row);
-    l.head = row - l.token * heads.value;
-    if constexpr (Target::kReadsSlots) l.slot = p.slots[l.token];
-    if constexpr (R::kRotaryDim > 0) l.position = position_of(p.rope, l.token);
-    if constexpr (sizeof(typename Target::Stored) == 1) l.scale = target.scale_of(l.head);
-    const Element* from =
-        static_cast<const Element*>(data) + l.token * stride.token + l.head * stride.head;
+    auto& r = row_of[pass];
+    const int row = first_row + pass * kRows;
+    r.token = -1;
+    if (first_pass + pass >= p.passes || row >= rows.count) continue;
+    r.token = rows.heads.quotient(row);
+    r.head = row - r.token * rows.heads.value;
+    if constexpr (Target::kReadsSlots) r.slot = p.slots[r.token];
+    if constexpr (R::kRotaryDim > 0) r.position = position_of(p.rope, r.token);
+    if constexpr (sizeof(Stored) == 1) l.scale = rows.target.scale_of(r.head);
+    const Element* from = rows.data + r.token * rows.stride.token + r.head * rows.stride.head;
     l.x = load_chunk<kAligned, kChunk>(from + unit.first, unit.count);
     if (unit.partner) l.y = load_chunk<kAligned, kChunk>(from + unit.partner, unit.count);
   }
-  if constexpr (R::kRotaryDim > 0) {
-    using CosSin = typename R::CosSin;
+  bool leaves_rows = false;
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      auto& l = loaded[pass];
-      if (l.token < 0) continue;
-      if (l.position < 0) l.token = -1;
-      if (l.position < 0 || unit.angles == 0) continue;
-      const CosSin* cos = static_cast<const CosSin*>(p.rope.cos_sin) +
-                          l.position * p.rope.cos_sin_stride + unit.angle;
-      l.cos = load_chunk<kAligned, R::kAngles>(cos, unit.angles);
-      l.sin = load_chunk<kAligned, R::kAngles>(cos + R::kRotaryDim / 2, unit.angles);
+  for (int pass = 0; pass < kPasses; ++pass) {
+    auto& l = loaded[pass];
+    const auto& r = row_of[pass];
+    l.row = nullptr;
+    if (r.token < 0 || (R::kRotaryDim > 0 && r.position < 0)) continue;
+    if constexpr (sizeof(Stored) == 1) {
+      const bool is_left = is_awkward(l.scale) != kDivides;
+      leaves_rows |= is_left;
+      if (is_left) continue;
+    }
+    l.row = rows.target.row(p, r.token, r.head, r.slot);
+    if constexpr (R::kRotaryDim > 0) {
+      if (l.row && unit.angles) load_angles<kAligned, R>(p.rope, r.position, unit, l.cos, l.sin);
     }
   }
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     const auto& l = loaded[pass];
-    if (l.token < 0) continue;
-    auto* row = target.row(p, l.token, l.head, l.slot);
-    if (row) store_unit<Element, typename Target::Stored, kAligned>(l, unit, row);
+    if (l.row) store_unit<kDivides, Element, Stored, kDim, kAligned>(l, unit);
+  }
+  return leaves_rows;
+}
+
+// Moves the rows of CTA `cta` of one tensor. A thread writes only what it alone reads, so q may be
+// rotated in place. Awkward scales are rare: their code must not cost the others registers.
+template <int kDim, bool kAligned, class R, class Element, class Target>
+__device__ inline void append_rows(const AppendParams& p, int cta,
+                                   const Rows<Element, Target>& rows) {
+  const bool leaves_rows = move_units<false, kMaxPasses, kDim, kAligned, R>(p, cta, rows, 0);
+  if constexpr (sizeof(typename Target::Stored) == 1) {
+    if (!leaves_rows) return;
+#pragma unroll 1
+    for (int pass = 0; pass < p.passes; ++pass) {
+      move_units<true, 1, kDim, kAligned, R>(p, cta, rows, pass);
+    }
   }
 }
 
@@ -139,22 +185,25 @@ __device__ inline void append_rows(const AppendParams& p, int cta, const void* d
 // parts are whole chunks.
 template <class Element, class CacheElement, int kDimQk, int kDimVo, bool kAligned, class R>
 __device__ void append_kv(const AppendParams& p) {
-  constexpr int kPasses = max_passes(R::kRotaryDim > 0);
   static_assert(!kAligned || R::kRotaryDim % (R::kIsInterleaved ? kChunk : 2 * kChunk) == 0);
-  const int cta = blockIdx.x;
-  if (cta < p.k_ctas) {
-    const CacheRows<CacheElement> target{static_cast<CacheElement*>(p.kv.k), p.kv.k_stride,
-                                         p.k_scale, p.k_scale_per_head};
-    append_rows<Element, kDimQk, kAligned, R, kPasses>(p, cta, p.k, p.k_stride, p.kv_heads, target);
-  } else if (cta < p.k_ctas + p.v_ctas) {
-    const CacheRows<CacheElement> target{static_cast<CacheElement*>(p.kv.v), p.kv.v_stride,
-                                         p.v_scale, p.v_scale_per_head};
-    append_rows<Element, kDimVo, kAligned, NoRope, kPasses>(p, cta - p.k_ctas, p.v, p.v_stride,
-                                                            p.kv_heads, target);
+  const int cta = blockIdx.x, v_cta = cta - p.k_ctas, q_cta = v_cta - p.v_ctas;
+  const int num_kv_rows = p.num_tokens * p.num_kv_heads;
+  if (v_cta < 0) {
+    const CacheRows<CacheElement> cache{static_cast<CacheElement*>(p.kv.k), p.kv.k_stride,
+                                        p.k_scale, p.k_scale_per_head};
+    append_rows<kDimQk, kAligned, R>(
+        p, cta, Rows{static_cast<const Element*>(p.k), p.k_stride, p.kv_heads, cache, num_kv_rows});
+  } else if (q_cta < 0) {
+    const CacheRows<CacheElement> cache{static_cast<CacheElement*>(p.kv.v), p.kv.v_stride,
+                                        p.v_scale, p.v_scale_per_head};
+    append_rows<kDimVo, kAligned, NoRope>(
+        p, v_cta,
+        Rows{static_cast<const Element*>(p.v), p.v_stride, p.kv_heads, cache, num_kv_rows});
   } else if constexpr (R::kRotaryDim > 0) {
-    const QueryRows<Element> target{static_cast<Element*>(p.q_out), p.q_out_stride};
-    append_rows<Element, kDimQk, kAligned, R, kPasses>(p, cta - p.k_ctas - p.v_ctas, p.q,
-                                                       p.q_stride, p.qo_heads, target);
+    const QueryRows<Element> out{static_cast<Element*>(p.q_out), p.q_out_stride};
+    append_rows<kDimQk, kAligned, R>(p, q_cta,
+                                     Rows{static_cast<const Element*>(p.q), p.q_stride, p.qo_heads,
+                                          out, p.num_tokens * p.num_qo_heads});
   }
 }
 

@@ -53,15 +53,19 @@ struct AppendParams {
   int32_t k_ctas, v_ctas;
 };
 
-// A thread's share of a row: one chunk, or a chunk and the one that it is rotated with.
+// Rows whose halves are whole chunks: a thread moves a chunk of each half.
+FI_HOST_DEVICE constexpr bool has_halves(int32_t dim) { return dim % (2 * kChunk) == 0; }
+
+// A thread's share of a row: one chunk, or two, such as those that rotation pairs.
 FI_HOST_DEVICE constexpr int32_t units_of_row(int32_t dim, int32_t rotary_dim, bool interleaved) {
+  if (rotary_dim == 0 && has_halves(dim)) return dim / (2 * kChunk);
   if (rotary_dim == 0 || interleaved) return dim / kChunk;
   return ceil_div(rotary_dim / 2, kChunk) + ceil_div(dim - rotary_dim, kChunk);
 }
 
 FI_HOST_DEVICE constexpr int32_t rows_per_pass(int32_t units) { return kAppendThreads / units; }
 
-// Rows in flight per thread: more would cost registers that hide no more latency.
-FI_HOST_DEVICE constexpr int32_t max_passes(bool rotates) { return rotates ? 2 : 4; }
+// Rows in flight per thread.
+constexpr int32_t kMaxPasses = 2;
 
 }  // namespace fi

@@ -125,27 +125,53 @@ __device__ inline Chunk<T> pack(const float (&x)[kChunk]) {
   return chunk;
 }
 
-// x /= scale, rounded as IEEE division rounds it, at about a third of its cost.
-//
-// With y = 1 / scale rounded to nearest and q = x * y, the correction q + y * (x - q * scale) is
-// the correctly rounded quotient as long as nothing leaves the normal range (Markstein, 1990).
-// Outside that: scales that are tiny or huge take the division; a quotient too small for the
-// residual is far below half of fp8's smallest value; a large one, infinity included, saturates as
-// it is.
-__device__ inline void divide_by_scale(float (&x)[kChunk], float scale) {
+// Scales that divide_by_scale may not be given.
+__device__ inline bool is_awkward(float scale) {
   const float size = fabsf(scale);
-  if (!(size > 0x1p-60f && size < 0x1p60f)) {
+  const uint32_t off = (__float_as_uint(scale) + 128) & 0xfffff;
+  return !(size > 0x1p-100f && size < 0x1p100f) || (off < 256 && off != 128);
+}
+
+// x and y divided by any scale, rounded as IEEE division rounds. A product with the inverse to
+// 2^-52 of itself does: no quotient of 24-bit numbers is within 2^-50 of where rounding changes.
+__device__ inline void divide_exactly(float (&x)[kChunk], float (&y)[kChunk], double scale) {
+  double inverse;
+  // 20 bits. The compiler's own division is a call, which costs registers.
+  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(inverse) : "d"(scale));
 #pragma unroll
-    for (int e = 0; e < kChunk; ++e) x[e] = __fdiv_rn(x[e], scale);
-    return;
+  for (int step = 0; step < 2; ++step) {
+    const double error = __fma_rn(-scale, inverse, 1.0);
+    if (error == error) inverse = __fma_rn(error, inverse, inverse);  // else 0 or infinity
   }
-  const float reciprocal = __frcp_rn(scale);
 #pragma unroll
   for (int e = 0; e < kChunk; ++e) {
-    const float q = __fmul_rn(x[e], reciprocal);
-    const float corrected = __fmaf_rn(__fmaf_rn(-q, scale, x[e]), reciprocal, q);
-    // The sign of a zero survives only in q.
-    x[e] = fabsf(q) < 1024.0f ? copysignf(corrected, q) : q;
+    x[e] = static_cast<float>(x[e] * inverse);
+    y[e] = static_cast<float>(y[e] * inverse);
+  }
+}
+
+// x and y divided by a scale that is not awkward, at two instructions per element: as fp8 the
+// results are what quotients of IEEE division are.
+//
+// 1 / scale is high + low, low / high in (0, 2^-21). Before it is rounded to fp32, x * high + x *
+// low is within 2^-43 of t = x / scale, relative to t. fp8 changes at midpoints of two values, m =
+// M * 2^i with integers 16 <= M <= 32. Rounding t itself gives another fp8 value only if an end of
+// what fp32 rounds to m, m * (1 +- 2^-24), lies between the two. With integers S and X for scale
+// and x, 2^23 <= S, X < 2^24, that is
+//   X * 2^n = M * S * 2^20 +- S + d,  n >= 24, |d| < 2^7.
+// So 2^20 divides S +- d: S = a * 2^20 -+ d with 8 <= a <= 16, whence 16 divides a - M * d. With
+// d = 0 a is 16, which is no S. All S with another d are awkward.
+//
+// Zeros and infinities keep their signs: low is not 0, and its sign is that of high.
+__device__ inline void divide_by_scale(float (&x)[kChunk], float (&y)[kChunk], float scale) {
+  const float guess = reciprocal_of(scale);
+  const float nearest = __fmaf_rn(__fmaf_rn(-scale, guess, 1.0f), guess, guess);
+  const float high = __fmul_rn(nearest, 1.0f - 0x1p-23f);
+  const float low = __fmul_rn(__fmaf_rn(-scale, high, 1.0f), nearest);
+#pragma unroll
+  for (int e = 0; e < kChunk; ++e) {
+    x[e] = __fmaf_rn(x[e], high, __fmul_rn(x[e], low));
+    y[e] = __fmaf_rn(y[e], high, __fmul_rn(y[e], low));
   }
 }
 

@@ -20,7 +20,8 @@ struct Rope {
   static constexpr int kAngles = kInterleaved ? kChunk / 2 : kChunk;  // pairs of a unit
 };
 
-// `count` elements from `first` on; with a partner also those from `partner` on, pairwise rotated.
+// `count` elements from `first` on; with a partner also those from `partner` on. Rotation turns the
+// two pairwise.
 struct Unit {
   int first;
   int partner;  // 0: none
@@ -34,7 +35,7 @@ template <class R, int kDim>
 __device__ inline Unit unit_of(int index) {
   constexpr int kHalf = R::kRotaryDim / 2;
   if constexpr (R::kRotaryDim == 0) {
-    return {kChunk * index, 0, kChunk, 0, 0};
+    return {kChunk * index, has_halves(kDim) ? kDim / 2 + kChunk * index : 0, kChunk, 0, 0};
   } else if constexpr (R::kIsInterleaved) {
     const int first = kChunk * index;
     return {first, 0, kChunk, max_i32(0, min_i32(kChunk / 2, kHalf - first / 2)), first / 2};
