@@ -39,10 +39,10 @@ class ForestFiberBlock : public FiberBlock {
     scan(Smallest{value}, &all);
     return all.value;
   }
-  uint32_t match(int32_t value) {
-    uint32_t result = 0;
-    for (int32_t t = 0; t < num_lanes(); ++t) result |= (shuffle(value, t) == value) << t;
-    return result;
+  bool any(bool is_set) {
+    Smallest all;
+    scan(Smallest{is_set ? 0 : 1}, &all);
+    return all.value == 0;
   }
   void sync_warp() { shuffle(0, 0); }
   fi::forest::Branch load(const fi::forest::Branch* from) const { return *from; }

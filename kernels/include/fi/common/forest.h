@@ -15,14 +15,17 @@
 namespace fi::forest {
 
 using planner::count_bits;
+using planner::highest_bit;
 using planner::store_16;
 
 // Atomics of one CTA; on a CPU its threads take turns.
-FI_HOST_DEVICE inline void add_to(int32_t* sum, int32_t value) {
+FI_HOST_DEVICE inline int32_t add_to(int32_t* sum, int32_t value) {
 #if defined(__CUDA_ARCH__)
-  atomicAdd(sum, value);
+  return atomicAdd(sum, value);
 #else
+  const int32_t before = *sum;
   *sum += value;
+  return before;
 #endif
 }
 
@@ -80,36 +83,44 @@ class Search {
   FI_HOST_DEVICE Branch find() {
     const int32_t most = step_.steps(r_);
     Branch best{-1, 0};
-    int32_t other = -1;
+    Candidate other{-1, 0};
     FI_ROLLED for (int32_t n = 0; n < kMaxComparisons && best.steps < most; ++n) {
-      other = next_candidate(other + 1, best.steps);
-      if (other >= r_) break;
-      const int32_t steps = common_steps(other, min_i32(most, step_.steps(other)));
-      if (steps > best.steps) best = {other, steps};
+      other = next_candidate(other.request + 1, best.steps);
+      if (other.request >= r_) break;
+      const int32_t steps = common_steps(other.request, min_i32(most, other.steps));
+      if (steps > best.steps) best = {other.request, steps};
     }
     return best;
   }
 
  private:
+  // Loads of a thread that are under way together.
+  static constexpr int32_t kBatch = 4;
+
+  struct Candidate {
+    int32_t request;
+    int32_t steps;  // that it may share
+  };
+
   FI_HOST_DEVICE int32_t entry(const int32_t* row, int32_t page) const {
     return row[page * p.table.entry_stride];
   }
 
   // The lowest request from `first` on that has the page at the end of the next step; r_ if none
   // before it does.
-  FI_HOST_DEVICE int32_t next_candidate(int32_t first, int32_t steps) {
+  FI_HOST_DEVICE Candidate next_candidate(int32_t first, int32_t steps) {
     const int32_t probe = (steps + 1) * p.step_pages - 1, wanted = entry(row_, probe);
-    FI_ROLLED for (int32_t begin = first; begin < r_; begin += kBatch * block_.num_threads()) {
+    FI_ROLLED for (int32_t begin = first; begin < r_; begin += block_.num_threads()) {
+      const int32_t other = begin + block_.thread();
       int32_t found = r_;
-      for (int32_t i = kBatch - 1; i >= 0; --i) {
-        const int32_t other = begin + i * block_.num_threads() + block_.thread();
-        if (other >= r_ || step_.steps(other) <= steps) continue;
-        if (entry(page_row(p.table, other), probe) == wanted) found = other;
+      if (other < r_ && step_.steps(other) > steps &&
+          entry(page_row(p.table, other), probe) == wanted) {
+        found = other;
       }
       found = block_.min(found);
-      if (found < r_) return found;
+      if (found < r_) return {found, step_.steps(found)};
     }
-    return r_;
+    return {r_, 0};
   }
 
   // Steps, of at most `most`, in which the other row holds the same pages.
@@ -134,9 +145,6 @@ class Search {
     return most;
   }
 
-  // Loads of a thread that are under way together.
-  static constexpr int32_t kBatch = 4;
-
   const ForestKernelParams& p;
   const Step step_;
   Block& block_;
@@ -144,27 +152,25 @@ class Search {
   const int32_t* row_;
 };
 
-// What is summed over nodes or requests.
-struct Counts {
+// What is summed over requests.
+struct RequestSums {
   static constexpr bool kIsWords = false;
-  int32_t nodes = 0;
   int32_t links = 0;
-  int32_t tokens = 0;
   int32_t kv_tokens = 0;
 
   template <class Map>
-  FI_HOST_DEVICE Counts mapped(const Map& map) const {
-    return {map(nodes), map(links), map(tokens), map(kv_tokens)};
+  FI_HOST_DEVICE RequestSums mapped(const Map& map) const {
+    return {map(links), map(kv_tokens)};
   }
-  FI_HOST_DEVICE void operator+=(const Counts& other) {
-    nodes += other.nodes;
+  FI_HOST_DEVICE void operator+=(const RequestSums& other) {
     links += other.links;
-    tokens += other.tokens;
     kv_tokens += other.kv_tokens;
   }
 };
 
-// Builds the forest from the branches of all requests, in one CTA.
+// Builds the forest from the branches of all requests, in one CTA. As in the planner the time is
+// that of one thread's chain of instructions: few passes, and what few nodes need is left to a
+// warp.
 template <class Block>
 class Builder {
  public:
@@ -172,14 +178,12 @@ class Builder {
       : p(params), s(scratch), step_(params), block_(block) {}
 
   FI_HOST_DEVICE void run() {
-    read_branches();
-    if (num_branches_ == 0) {
+    if (!read_branches()) {
       write_empty();
       return;
     }
     name_nodes();
     order_nodes();
-    connect_nodes();
     count_members();
     choose_nodes();
     write_requests();
@@ -193,53 +197,34 @@ class Builder {
     FI_ROLLED for (int32_t i = block_.thread(); i < count; i += block_.num_threads()) body(i);
   }
 
-  // The same in rounds that all threads join; bodies are called with exists = false past the end.
-  template <class Body>
-  FI_HOST_DEVICE void for_each_round(int32_t count, const Body& body) const {
-    FI_ROLLED for (int32_t first = 0; first < count; first += block_.num_threads()) {
-      body(first + block_.thread(), first + block_.thread() < count);
-    }
-  }
-
-  FI_HOST_DEVICE void read_branches() {
-    Counts own, total;
+  // False if no request shares anything. Clears what follows.
+  FI_HOST_DEVICE bool read_branches() {
+    bool shares = false;
     for_each(p.num_requests, [&](int32_t r) {
       const Branch branch = block_.load(p.branches + r);
       s.branches[r] = branch;
       s.q_len[r] = step_.q_len(r);
       s.last_node[r] = -1;
-      own += {branch.steps > 0, 0, 0, step_.clamped_kv_len(r)};
+      shares |= branch.steps > 0;
     });
     for_each(p.num_names, [&](int32_t i) { s.names[i] = -1; });
-    block_.scan(own, &total);
-    num_branches_ = total.nodes;
-    kv_tokens_ = total.kv_tokens;
-  }
-
-  // `all`: of the nodes; their KV tokens are those that are saved.
-  FI_HOST_DEVICE void write_header(const Counts& all, int32_t status) const {
-    if (block_.thread() != 0) return;
-    int32_t* to = static_cast<int32_t*>(p.forest);
-    store_16(to, all.nodes, all.links, all.tokens, status);
-    store_16(to + 4, kv_tokens_, all.kv_tokens, 0, 0);
-    if (!p.totals) return;
-    // Plans of a stream follow one another: nobody else writes here meanwhile.
-    volatile int64_t* totals = p.totals;
-    totals[0] = totals[0] + kv_tokens_;
-    totals[1] = totals[1] + all.kv_tokens;
+    if (block_.thread() == 0) *s.num_nodes = 0;
+    return block_.any(shares);
   }
 
   FI_HOST_DEVICE void write_empty() {
-    write_header({}, kPlanOk);
-    for_each(p.num_requests, [&](int32_t r) { store_16(requests() + r, 0, 0, 0, 0); });
+    RequestSums sums, all;
+    for_each(p.num_requests, [&](int32_t r) {
+      store_16(requests() + r, 0, 0, 0, 0);
+      sums.kv_tokens += step_.clamped_kv_len(r);
+    });
+    block_.scan(sums, &all);
+    if (block_.thread() == 0) write_header({}, all.kv_tokens);
   }
 
-  FI_HOST_DEVICE static bool is_same(const Branch& a, const Branch& b) {
-    return a.creator == b.creator && a.steps == b.steps;
-  }
-
-  FI_HOST_DEVICE static bool is_before(const Branch& a, const Branch& b) {
-    return a.creator < b.creator || (a.creator == b.creator && a.steps < b.steps);
+  // A branch as a number, in the order of the forest.
+  FI_HOST_DEVICE static uint64_t key_of(const Branch& branch) {
+    return static_cast<uint64_t>(branch.creator) << 32 | static_cast<uint32_t>(branch.steps);
   }
 
   // Where a branch's place in `names` is looked for first.
@@ -249,9 +234,9 @@ class Builder {
     return static_cast<int32_t>(mixed >> 7) & (p.num_names - 1);
   }
 
-  // Each distinct branch a place in `names`, held by one of its requests.
+  // Each distinct branch a place in `names`, held by one of its requests, and a place in `holders`
+  // in any order.
   FI_HOST_DEVICE void name_nodes() {
-    block_.sync();
     for_each(p.num_requests, [&](int32_t r) {
       const Branch branch = s.branches[r];
       int32_t at = -1;
@@ -261,7 +246,12 @@ class Builder {
           // Most find the place taken by one of theirs: a look before the atomic.
           int32_t holder = load_now(s.names + at);
           if (holder < 0) holder = swap_if_equal(s.names + at, -1, r);
-          if (holder < 0 || is_same(s.branches[holder], branch)) break;
+          if (holder < 0) {
+            const int32_t place = add_to(s.num_nodes, 1);
+            s.holders[place] = r;
+            s.keys[place] = key_of(branch);
+          }
+          if (holder < 0 || key_of(s.branches[holder]) == key_of(branch)) break;
           at = (at + 1) & (p.num_names - 1);
         }
       }
@@ -270,51 +260,54 @@ class Builder {
     block_.sync();
   }
 
-  // Nodes in order: each holder counts those before its own.
+  // Nodes in order: each counts those before its own. Below it on the same creator is its
+  // neighbour.
   FI_HOST_DEVICE void order_nodes() {
-    Counts sums;
-    for_each_round(p.num_requests, [&](int32_t r, bool exists) {
-      const bool holds = exists && s.name_of[r] >= 0 && s.names[s.name_of[r]] == r;
-      Counts total, before = block_.scan(Counts{holds, 0, 0, 0}, &total);
-      if (holds) s.holders[sums.nodes + before.nodes] = r;
-      sums += total;
-    });
-    num_nodes_ = sums.nodes;
-    block_.sync();
+    num_nodes_ = *s.num_nodes;
     for_each(num_nodes_, [&](int32_t i) {
-      const int32_t holder = s.holders[i];
-      const Branch own = s.branches[holder];
+      const uint64_t own = s.keys[i];
+      const auto creator = static_cast<int32_t>(own >> 32);
       int32_t rank = 0;
-      FI_ROLLED for (int32_t j = 0; j < num_nodes_; ++j) {
-        rank += is_before(s.branches[s.holders[j]], own);
+      bool continues = false, is_last = true;
+      for (int32_t j = 0; j < num_nodes_; ++j) {
+        const uint64_t key = s.keys[j];
+        const bool is_same = static_cast<int32_t>(key >> 32) == creator;
+        rank += key < own;
+        continues |= is_same && key < own;
+        is_last &= !(is_same && key > own);
       }
-      s.nodes[rank] = {own, -1, -1, 0, 0, -1};
-      s.names[s.name_of[holder]] = rank;
+      s.nodes[rank] = {static_cast<int32_t>(own),
+                       continues ? rank - 1 : kAtCreator - creator,
+                       0,
+                       0,
+                       -1,
+                       creator};
+      s.names[s.name_of[s.holders[i]]] = rank;
+      if (is_last) s.last_node[creator] = rank;
     });
     block_.sync();
   }
+
+  // TreeNode::above of a creator's first node: the node of the creator's own branch.
+  static constexpr int32_t kAtCreator = -2;
 
   FI_HOST_DEVICE int32_t node_of(int32_t r) const {
     return s.name_of[r] < 0 ? -1 : s.names[s.name_of[r]];
   }
 
-  FI_HOST_DEVICE void connect_nodes() {
-    for_each(num_nodes_, [&](int32_t n) {
-      const int32_t creator = s.nodes[n].end.creator;
-      const bool continues = n > 0 && s.nodes[n - 1].end.creator == creator;
-      s.nodes[n].above = continues ? n - 1 : node_of(creator);
-      if (n + 1 == num_nodes_ || s.nodes[n + 1].end.creator != creator) s.last_node[creator] = n;
-    });
-    block_.sync();
-    for_each(p.num_requests, [&](int32_t r) {
-      if (s.last_node[r] < 0) s.last_node[r] = node_of(r);
-    });
+  FI_HOST_DEVICE int32_t above(int32_t n) const {
+    const int32_t a = s.nodes[n].above;
+    return a <= kAtCreator ? node_of(kAtCreator - a) : a;
+  }
+
+  // The node that all others of a request lie above.
+  FI_HOST_DEVICE int32_t last_node(int32_t r) const {
+    return s.last_node[r] >= 0 ? s.last_node[r] : node_of(r);
   }
 
   FI_HOST_DEVICE void count_members() {
-    // Each request's own pass over what it just wrote: no barrier.
     for_each(p.num_requests, [&](int32_t r) {
-      FI_ROLLED for (int32_t n = s.last_node[r]; n >= 0; n = s.nodes[n].above) {
+      FI_ROLLED for (int32_t n = last_node(r); n >= 0; n = above(n)) {
         add_to(&s.nodes[n].members, 1);
         add_to(&s.nodes[n].tokens, s.q_len[r]);
       }
@@ -322,69 +315,85 @@ class Builder {
     block_.sync();
   }
 
-  FI_HOST_DEVICE bool pays(int32_t n) const {
+  FI_HOST_DEVICE bool pays(int32_t n, int32_t above) const {
     const TreeNode& node = s.nodes[n];
-    const int32_t begin = node.above < 0 ? 0 : s.nodes[node.above].end.steps;
-    return node_pays(node.members, (node.end.steps - begin) * p.step_tokens.value);
+    const int32_t begin = above < 0 ? 0 : s.nodes[above].steps;
+    return node_pays(node.members, (node.steps - begin) * p.step_tokens.value);
   }
 
-  // Numbers the nodes that pay, until one does not fit, and writes them.
+  // Numbers the nodes that pay, until one does not fit, and writes them: by one warp.
   FI_HOST_DEVICE void choose_nodes() {
-    for_each(num_nodes_, [&](int32_t n) {
-      int32_t level = 0, parent = -1;
-      FI_ROLLED for (int32_t a = s.nodes[n].above; a >= 0; a = s.nodes[a].above) {
-        if (!pays(a)) continue;
-        if (parent < 0) parent = a;
-        level += 1;
+    if (block_.warp() == 0) {
+      ForestHeader sums{};
+      FI_ROLLED for (int32_t first = 0; first < num_nodes_; first += block_.num_lanes()) {
+        choose_round(first + block_.lane(), &sums);
       }
-      s.nodes[n].parent = parent;
-      s.nodes[n].number = pays(n) && level < kMaxForestLevels ? 0 : -1;
-    });
-    Counts sums, chosen;
-    int32_t bits = kPlanOk;
-    const PlanCapacity& cap = p.capacity;
-    for_each_round(num_nodes_, [&](int32_t n, bool exists) {
-      const bool counts = exists && s.nodes[n].number == 0;
-      Counts own, total;
-      if (counts) own = {1, s.nodes[n].members, s.nodes[n].tokens, 0};
-      Counts before = block_.scan(own, &total);
-      before += sums;
-      sums += total;
-      Counts through = before;
-      through += own;
-      if (!counts) return;
-      if (through.nodes <= cap.max_nodes && through.links <= cap.max_links &&
-          through.tokens <= cap.max_shared_tokens) {
-        s.nodes[n].number = before.nodes;
-        own.kv_tokens = write_node(n, before);
-        chosen += own;
-      } else {
-        s.nodes[n].number = -1;
-        bits = kPlanNodesDeclined;
-      }
-    });
-    Counts all;
-    block_.scan(chosen, &all, &bits);  // and a barrier: numbers are complete
-    num_chosen_ = all.nodes;
-    write_header(all, bits);
-    for_each(num_nodes_, [&](int32_t n) {
-      const int32_t number = s.nodes[n].number, parent = s.nodes[n].parent;
-      if (number >= 0) nodes()[number].parent = parent < 0 ? -1 : s.nodes[parent].number;
-    });
+      if (block_.lane() == 0) *s.header = sums;
+    }
+    block_.sync();
   }
 
-  // Returns the KV tokens that the node saves.
-  FI_HOST_DEVICE int32_t write_node(int32_t n, const Counts& before) {
-    const TreeNode& node = s.nodes[n];
-    const int32_t parent_steps = node.parent < 0 ? 0 : s.nodes[node.parent].end.steps;
-    const int32_t begin = parent_steps * p.step_tokens.value;
-    const int32_t end = node.end.steps * p.step_tokens.value;
-    int32_t* to = reinterpret_cast<int32_t*>(nodes() + before.nodes);
-    store_16(to, node.end.creator, begin, end, node.members);
-    to[4] = node.tokens;
-    to[5] = before.tokens;
-    to[7] = 0;
-    return (node.members - 1) * (end - begin);
+  FI_HOST_DEVICE void choose_round(int32_t n, ForestHeader* sums) {
+    int32_t level = 0, parent = -1, members = 0, tokens = 0;
+    bool counts = false;
+    if (n < num_nodes_) {
+      const int32_t next = above(n);
+      FI_ROLLED for (int32_t a = next; a >= 0;) {
+        const int32_t after = above(a);
+        if (pays(a, after)) {
+          if (parent < 0) parent = a;
+          level += 1;
+        }
+        a = after;
+      }
+      counts = pays(n, next) && level < kMaxForestLevels;
+    }
+    if (counts) {
+      members = s.nodes[n].members;
+      tokens = s.nodes[n].tokens;
+    }
+    const uint32_t before = block_.ballot(counts) & ((1u << block_.lane()) - 1);
+    const int32_t number = sums->num_nodes + count_bits(before);
+    const int32_t links = sums->num_links + static_cast<int32_t>(block_.warp_scan(members));
+    const int32_t end = sums->num_tokens + static_cast<int32_t>(block_.warp_scan(tokens));
+    const PlanCapacity& cap = p.capacity;
+    const bool fits = counts && sums->status == kPlanOk && number < cap.max_nodes &&
+                      links <= cap.max_links && end <= cap.max_shared_tokens;
+    if (block_.ballot(counts && !fits) != 0) sums->status = kPlanNodesDeclined;
+    // Those that fit are a beginning of those that count: the last one has the sums.
+    const uint32_t chosen = block_.ballot(fits);
+    int32_t saved = 0;
+    if (fits) {
+      const int32_t begin = parent < 0 ? 0 : s.nodes[parent].steps * p.step_tokens.value;
+      const int32_t kv_end = s.nodes[n].steps * p.step_tokens.value;
+      saved = (members - 1) * (kv_end - begin);
+      s.nodes[n].number = number;
+      s.level[number] = level;
+      store_16(nodes() + number, s.nodes[n].creator, begin, kv_end, members);
+    }
+    block_.sync_warp();  // numbers of parents in this round
+    if (fits) {
+      int32_t* to = reinterpret_cast<int32_t*>(nodes() + number);
+      store_16(to + 4, tokens, end - tokens, parent < 0 ? -1 : s.nodes[parent].number, 0);
+    }
+    sums->saved_kv_tokens += static_cast<int32_t>(block_.warp_sum(saved));
+    if (chosen == 0) return;
+    const int32_t last = highest_bit(chosen);
+    sums->num_nodes += count_bits(chosen);
+    sums->num_links = block_.shuffle(links, last);
+    sums->num_tokens = block_.shuffle(end, last);
+  }
+
+  // By one thread.
+  FI_HOST_DEVICE void write_header(const ForestHeader& sums, int32_t kv_tokens) const {
+    int32_t* to = static_cast<int32_t*>(p.forest);
+    store_16(to, sums.num_nodes, sums.num_links, sums.num_tokens, sums.status);
+    store_16(to + 4, kv_tokens, sums.saved_kv_tokens, 0, 0);
+    if (!p.totals) return;
+    // Plans of a stream follow one another: nobody else writes here meanwhile.
+    volatile int64_t* totals = p.totals;
+    totals[0] = totals[0] + kv_tokens;
+    totals[1] = totals[1] + sums.saved_kv_tokens;
   }
 
   FI_HOST_DEVICE int16_t& chain(int32_t level, int32_t r) const {
@@ -392,56 +401,58 @@ class Builder {
   }
 
   FI_HOST_DEVICE void write_requests() {
-    for_each(num_chosen_, [&](int32_t n) { s.offset[n] = 0; });
-    Counts sums;
-    for_each_round(p.num_requests, [&](int32_t r, bool exists) {
-      int32_t count = 0, own_begin = 0;
-      if (exists) {
-        FI_ROLLED for (int32_t n = s.last_node[r]; n >= 0; n = s.nodes[n].above) {
-          if (s.nodes[n].number < 0) continue;
-          if (count == 0) own_begin = s.nodes[n].end.steps * p.step_tokens.value;
-          count += 1;
+    RequestSums sums;
+    FI_ROLLED for (int32_t first = 0; first < p.num_requests; first += block_.num_threads()) {
+      const int32_t r = first + block_.thread();
+      RequestSums own, all;
+      int32_t own_begin = 0;
+      if (r < p.num_requests) {
+        own.kv_tokens = step_.clamped_kv_len(r);
+        // Upwards: the last node comes first, at the end of its request's chain.
+        FI_ROLLED for (int32_t n = last_node(r); n >= 0; n = above(n)) {
+          const int32_t number = s.nodes[n].number;
+          if (number < 0) continue;
+          if (own.links == 0) own_begin = s.nodes[n].steps * p.step_tokens.value;
+          own.links += 1;
+          chain(s.level[number], r) = static_cast<int16_t>(number);
         }
+        FI_ROLLED for (int32_t l = own.links; l < kMaxForestLevels; ++l) chain(l, r) = -1;
       }
-      Counts total;
-      const int32_t first = sums.links + block_.scan(Counts{0, count, 0, 0}, &total).links;
-      sums += total;
-      if (!exists) return;
-      store_16(requests() + r, first, count, own_begin, 0);
-      s.first_link[r] = first;
-      int32_t level = count;
-      FI_ROLLED for (int32_t n = s.last_node[r]; n >= 0; n = s.nodes[n].above) {
-        if (s.nodes[n].number >= 0) chain(--level, r) = static_cast<int16_t>(s.nodes[n].number);
-      }
-      FI_ROLLED for (level = count; level < kMaxForestLevels; ++level) chain(level, r) = -1;
-    });
+      const int32_t link = sums.links + block_.scan(own, &all).links;
+      sums += all;
+      if (r >= p.num_requests) continue;
+      s.first_link[r] = link;
+      store_16(requests() + r, link, own.links, own_begin, 0);
+    }
+    if (block_.thread() == 0) write_header(*s.header, sums.kv_tokens);
     block_.sync();
   }
 
-  // Links with the query tokens of lower members. Members of a node meet it at the same level: a
-  // warp for each level walks the requests.
+  // Links with the query tokens of lower members: a warp for each node walks the requests.
   FI_HOST_DEVICE void write_links() {
     const int32_t num_warps = block_.num_threads() / block_.num_lanes();
-    FI_ROLLED for (int32_t level = block_.warp(); level < kMaxForestLevels; level += num_warps) {
+    FI_ROLLED for (int32_t k = block_.warp(); k < s.header->num_nodes; k += num_warps) {
+      const int32_t level = s.level[k];
+      int32_t offset = 0;
       FI_ROLLED for (int32_t first = 0; first < p.num_requests; first += block_.num_lanes()) {
         const int32_t r = first + block_.lane();
-        const int32_t node = r < p.num_requests ? chain(level, r) : -1;
-        if (block_.ballot(node >= 0) == 0) continue;
-        const uint32_t same = block_.match(node), before = same & ((1u << block_.lane()) - 1);
-        const int32_t q_len = node < 0 ? 0 : s.q_len[r], offset = node < 0 ? 0 : s.offset[node];
-        int32_t tokens = 0, all = 0;
-        FI_ROLLED for (int32_t bit = 0; (1 << bit) <= kMaxMemberTokens; ++bit) {
-          const uint32_t set = block_.ballot((q_len >> bit & 1) != 0);
-          tokens += count_bits(set & before) << bit;
-          all += count_bits(set & same) << bit;
+        const bool is_member = r < p.num_requests && chain(level, r) == k;
+        const uint32_t members = block_.ballot(is_member);
+        if (members == 0) continue;
+        const int32_t q_len = is_member ? s.q_len[r] : 0;
+        int32_t before = count_bits(members & ((1u << block_.lane()) - 1));
+        int32_t all = count_bits(members);
+        if (block_.ballot(q_len > 1) != 0) {
+          const auto through = static_cast<int32_t>(block_.warp_scan(q_len));
+          before = through - q_len;
+          all = block_.shuffle(through, block_.num_lanes() - 1);
         }
-        if (node >= 0) {
+        if (is_member) {
           ForestLink* to = links() + s.first_link[r] + level;
-          to->node = node;
-          to->token_offset = offset + tokens;
-          if (before == 0) s.offset[node] = offset + all;
+          to->node = k;
+          to->token_offset = offset + before;
         }
-        block_.sync_warp();
+        offset += all;
       }
     }
   }
@@ -459,10 +470,7 @@ class Builder {
   const Scratch& s;
   const Step step_;
   Block& block_;
-  int32_t num_branches_ = 0;
-  int32_t kv_tokens_ = 0;   // of the requests
-  int32_t num_nodes_ = 0;   // of the tree
-  int32_t num_chosen_ = 0;  // of the forest
+  int32_t num_nodes_ = 0;  // of the tree
 };
 
 }  // namespace fi::forest

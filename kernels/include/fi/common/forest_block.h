@@ -31,7 +31,7 @@ class CudaBlock : public planner::CudaBlock<kThreads> {
     return value;
   }
 
-  __device__ uint32_t match(int32_t value) const { return __match_any_sync(~0u, value); }
+  __device__ bool any(bool is_set) const { return __syncthreads_or(is_set) != 0; }
   __device__ void sync_warp() const { __syncwarp(); }
 
   // What another CTA of this launch wrote.

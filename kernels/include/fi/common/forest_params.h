@@ -17,30 +17,34 @@ struct alignas(8) Branch {
 
 // A node of the tree is named by the branch that ends it.
 struct TreeNode {
-  Branch end;
-  int32_t above;   // the one that ends where this begins; -1: none
-  int32_t parent;  // the next above that pays
+  int32_t steps;  // where it ends
+  int32_t above;  // the one that ends where this begins; -1: none; see Builder::kAtCreator
   int32_t members;
-  int32_t tokens;
+  int32_t tokens;  // query tokens of the members
   int32_t number;  // in the forest; -1: left out
+  int32_t creator;
 };
 
 // A tree of R requests has fewer than R nodes.
 struct Scratch {
+  ForestHeader* header;
+  int32_t* num_nodes;   // of the tree
   TreeNode* nodes;      // [max_requests], in the order of the forest
+  uint64_t* keys;       // [max_requests] distinct branches, in any order
   Branch* branches;     // [max_requests]
   int32_t* names;       // [num_names] hash table of branches: a request's number, later a node's
   int32_t* name_of;     // [max_requests] place of each request's branch in it; -1: none
-  int32_t* holders;     // [max_requests] one request for each distinct branch
-  int32_t* last_node;   // [max_requests] the node that all others of a request lie above; -1: none
+  int32_t* holders;     // [max_requests] one request for each key
+  int32_t* last_node;   // [max_requests] a creator's last node; -1: none
   int32_t* q_len;       // [max_requests]
   int32_t* first_link;  // [max_requests]
-  int32_t* offset;      // [max_requests] query tokens of a node's members so far
+  int32_t* level;       // [max_requests] of each node of the forest
   int16_t* chain;       // [kMaxForestLevels][max_requests] nodes of each request; -1: none
 };
 
 struct ScratchLayout {
-  int64_t nodes, branches, names, name_of, holders, last_node, q_len, first_link, offset, chain;
+  int64_t header, num_nodes, nodes, keys, branches, names, name_of, holders, last_node, q_len;
+  int64_t first_link, level, chain;
   int64_t total_bytes;
 };
 
@@ -52,7 +56,10 @@ FI_HOST_DEVICE inline ScratchLayout make_scratch_layout(int32_t max_requests, in
     at += (count * size + 15) / 16 * 16;
     return offset;
   };
+  layout.header = place(1, sizeof(ForestHeader));
+  layout.num_nodes = place(1, sizeof(int32_t));
   layout.nodes = place(max_requests, sizeof(TreeNode));
+  layout.keys = place(max_requests, sizeof(uint64_t));
   layout.branches = place(max_requests, sizeof(Branch));
   layout.names = place(num_names, sizeof(int32_t));
   layout.name_of = place(max_requests, sizeof(int32_t));
@@ -60,7 +67,7 @@ FI_HOST_DEVICE inline ScratchLayout make_scratch_layout(int32_t max_requests, in
   layout.last_node = place(max_requests, sizeof(int32_t));
   layout.q_len = place(max_requests, sizeof(int32_t));
   layout.first_link = place(max_requests, sizeof(int32_t));
-  layout.offset = place(max_requests, sizeof(int32_t));
+  layout.level = place(max_requests, sizeof(int32_t));
   layout.chain = place(int64_t{kMaxForestLevels} * max_requests, sizeof(int16_t));
   layout.total_bytes = at;
   return layout;
@@ -68,7 +75,10 @@ FI_HOST_DEVICE inline ScratchLayout make_scratch_layout(int32_t max_requests, in
 
 FI_HOST_DEVICE inline Scratch scratch_at(const ScratchLayout& layout, char* base) {
   Scratch s;
+  s.header = reinterpret_cast<ForestHeader*>(base + layout.header);
+  s.num_nodes = reinterpret_cast<int32_t*>(base + layout.num_nodes);
   s.nodes = reinterpret_cast<TreeNode*>(base + layout.nodes);
+  s.keys = reinterpret_cast<uint64_t*>(base + layout.keys);
   s.branches = reinterpret_cast<Branch*>(base + layout.branches);
   s.names = reinterpret_cast<int32_t*>(base + layout.names);
   s.name_of = reinterpret_cast<int32_t*>(base + layout.name_of);
@@ -76,7 +86,7 @@ FI_HOST_DEVICE inline Scratch scratch_at(const ScratchLayout& layout, char* base
   s.last_node = reinterpret_cast<int32_t*>(base + layout.last_node);
   s.q_len = reinterpret_cast<int32_t*>(base + layout.q_len);
   s.first_link = reinterpret_cast<int32_t*>(base + layout.first_link);
-  s.offset = reinterpret_cast<int32_t*>(base + layout.offset);
+  s.level = reinterpret_cast<int32_t*>(base + layout.level);
   s.chain = reinterpret_cast<int16_t*>(base + layout.chain);
   return s;
 }
