@@ -11,6 +11,7 @@ import torch
 
 from fi_backend import _core
 from fi_backend.errors import require
+from fi_backend.formats import HeadShape
 from fi_backend.jit.attention_kernels import AttentionSpec, attention_spec
 from fi_backend.layers import Capacity, LayerClass
 
@@ -65,8 +66,8 @@ def plan_class(
     if device.type == "cuda":
         # A hint must not change which tiles a request gets where bits may not change.
         q_len = capacity.max_tokens if invariant_chunk else capacity.longest_q_len
-        if capacity.max_nodes > 0:  # nodes gather the rows of many requests
-            q_len = max(q_len, -(-SHARED_TILE_ROWS // layer_class.heads.group_size))
+        if capacity.max_nodes > 0 and layer_class.shares:
+            q_len = tile_q_len(q_len, layer_class.heads)
         gpu = _gpu_size(device)
         spec = attention_spec(
             layer_class.heads,
@@ -85,6 +86,11 @@ def plan_class(
     _check_chunk(invariant_chunk, classes, capacity)
     config = _config(layer_class, capacity, count, invariant_chunk, classes)
     return ClassPlan(layer_class, config, config.layout(), spec)
+
+
+def tile_q_len(q_len: int, heads: HeadShape) -> int:
+    """Return the query tokens that pick tile classes where nodes gather the rows of requests."""
+    return max(q_len, -(-SHARED_TILE_ROWS // heads.group_size))
 
 
 class _GpuSize(NamedTuple):

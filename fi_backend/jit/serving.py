@@ -13,12 +13,15 @@ from itertools import product
 import torch
 
 from fi_backend import _core
+from fi_backend.class_plans import plan_capacity, tile_q_len
 from fi_backend.cuda_ops import AppendSpec, append_kernels, merge_kernel
 from fi_backend.errors import require
 from fi_backend.jit.attention_kernels import attention_kernel, attention_spec
 from fi_backend.jit.kernels import HOPPER_SHARED_BYTES, DeviceKernel, distinct
 from fi_backend.jit.models import ModelShape
+from fi_backend.layers import Capacity
 from fi_backend.plan_kernel import PlanKernel
+from fi_backend.prefix_forest import forest_kernel
 
 # Query tokens of a request in a verification step: one, and up to 15 speculated.
 MAX_VERIFIED = 16
@@ -80,6 +83,7 @@ def serving_kernels(shape: ModelShape, serving: Serving) -> list[DeviceKernel]:
         [
             *_attention_kernels(shape, serving),
             *_planner_kernels(shape, serving),
+            forest_kernel(_capacity(serving, serving.q_lens[-1]).with_sharing()),
             *_kv_kernels(shape, serving),
         ]
     )
@@ -87,7 +91,7 @@ def serving_kernels(shape: ModelShape, serving: Serving) -> list[DeviceKernel]:
 
 def _attention_kernels(shape: ModelShape, serving: Serving) -> Iterator[DeviceKernel]:
     heads = shape.heads_of_rank(serving.tensor_parallel)
-    for q_len in serving.q_lens:
+    for q_len in sorted({*serving.q_lens, *(tile_q_len(q, heads) for q in serving.q_lens)}):
         spec = attention_spec(
             heads,
             shape.dtype,
@@ -103,17 +107,19 @@ def _attention_kernels(shape: ModelShape, serving: Serving) -> Iterator[DeviceKe
 
 def _planner_kernels(shape: ModelShape, serving: Serving) -> Iterator[DeviceKernel]:
     heads = shape.heads_of_rank(serving.tensor_parallel)
-    for q_len in serving.q_lens:
+    for q_len, shares in product(serving.q_lens, (False, True)):
         tiles = _core.sm80_tiles(
             heads.head_dim_qk,
             heads.head_dim_vo,
             (serving.kv_dtype or shape.dtype).itemsize,
             heads.group_size,
-            q_len,
+            tile_q_len(q_len, heads) if shares else q_len,
             serving.max_requests,
             serving.max_shared_bytes_per_sm,
         )
-        is_general = q_len == serving.q_lens[-1]
+        capacity = _capacity(serving, q_len)
+        if shares:
+            capacity = capacity.with_sharing()
         for num_sms, band in product(_NUM_SMS, _BANDS):
             config = _core.PlanConfig(
                 num_qo_heads=heads.num_qo_heads,
@@ -122,16 +128,17 @@ def _planner_kernels(shape: ModelShape, serving: Serving) -> Iterator[DeviceKern
                 band=band,
                 invariant_chunk=0,
                 classes=tiles.classes,
-                capacity=_core.PlanCapacity(
-                    max_requests=serving.max_requests,
-                    max_tokens=serving.max_tokens if is_general else q_len * serving.max_requests,
-                    max_kv_len=serving.max_kv_len,
-                    max_nodes=0,
-                    max_links=0,
-                    max_shared_tokens=0,
-                ),
+                capacity=plan_capacity(capacity),
             )
             yield PlanKernel.device_kernel(config, config.layout())
+
+
+def _capacity(serving: Serving, q_len: int) -> Capacity:
+    """Of the planner of steps with up to so many query tokens of a request."""
+    requests = serving.max_requests
+    if q_len == serving.q_lens[-1]:
+        return Capacity(requests, serving.max_tokens, serving.max_kv_len)
+    return Capacity(requests, q_len * requests, serving.max_kv_len, max_q_len=q_len)
 
 
 def _kv_kernels(shape: ModelShape, serving: Serving) -> Iterator[DeviceKernel]:

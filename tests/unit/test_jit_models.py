@@ -24,7 +24,7 @@ LLAMA = {
     "torch_dtype": "bfloat16",
 }
 
-ENTRIES = {"fi_attention", "fi_plan", "fi_append_kv", "fi_merge_states"}
+ENTRIES = {"fi_attention", "fi_forest", "fi_plan", "fi_append_kv", "fi_merge_states"}
 
 
 def write(folder: Path, **fields: Any) -> str:
