@@ -8,7 +8,8 @@ namespace fi::host {
 namespace {
 
 // A row of the sm80 tile table, for heads whose larger dimension is at most `max_head_dim`.
-// Measured on an H200 (docs/notes/2026-11-22-sm80-gpu-path.md).
+// Measured: tiles of 16 rows on an H200 (docs/notes/2026-11-22-sm80-gpu-path.md), those of 128 rows
+// on an H100 (docs/notes/2026-11-26-sm80-items.md); those of 64 rows are scaled from these.
 struct TileRow {
   int32_t max_head_dim;
   int32_t rows, kv_tile, stages;
