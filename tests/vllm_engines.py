@@ -26,7 +26,7 @@ OPTIONS: dict[str, Any] = {
 Tokens = list[list[int]]
 
 
-def random_prompt(length: int, seed: int) -> list[int]:
+def random_prompt(length: int, seed: int | str) -> list[int]:
     """Token ids, none of them the end of text."""
     return [1 + random.Random(f"{seed}-{i}").randrange(2000) for i in range(length)]
 
@@ -115,6 +115,15 @@ def prefix_cache_hits(engine: Engine) -> Tokens:
     return first + [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def shared_groups(engine: Engine) -> Tokens:
+    """Three groups in flight, each with a prefix of its own behind one that all have."""
+    system, prompts = random_prompt(270, seed=7), []
+    for group in range(3):
+        prefix = system + random_prompt(140 * group, seed=70 + group)
+        prompts += [prefix + random_prompt(3 + 20 * i, seed=f"{group}-{i}") for i in range(4)]
+    return engine.tokens(prompts, max_tokens=24)
+
+
 def chunked_prefill_beside_decodes(engine: Engine) -> Tokens:
     prompts = [random_prompt(1300, seed=5)] + [random_prompt(12, seed=50 + i) for i in range(6)]
     return engine.tokens(prompts, max_tokens=24)
@@ -130,6 +139,7 @@ WORKLOADS: dict[str, Callable[[Engine], Tokens]] = {
     "one token, page edges": one_token_and_page_edges,
     "long prompt": long_prompt,
     "prefix cache hits": prefix_cache_hits,
+    "shared groups": shared_groups,
     "chunked prefill beside decodes": chunked_prefill_beside_decodes,
     "32 in flight": thirty_two_in_flight,
 }

@@ -85,7 +85,7 @@ def vllm_config(layers: Sequence[Any], dtype: torch.dtype, **scheduler: int) -> 
             cudagraph_mode=None,
         ),
         model_config=SimpleNamespace(dtype=dtype, max_model_len=512),
-        parallel_config=SimpleNamespace(use_ubatching=False),
+        parallel_config=SimpleNamespace(use_ubatching=False, rank=0),
         scheduler_config=SimpleNamespace(**(sizes | scheduler)),
         speculative_config=None,
     )

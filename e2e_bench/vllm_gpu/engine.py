@@ -42,20 +42,23 @@ class Engine:
         folder = str(make_small(run.model))
         self.llm: Any = LLM(folder, worker_extension_cls=WORKER, **_options(run))
 
-    def ask(self, prompts: Sequence[list[int]], tokens: int) -> Answers:
+    def ask(self, prompts: Sequence[list[int]], tokens: int, samples: int = 1) -> Answers:
         """Return the greedy continuations of prompts that are in flight together.
 
         Each has its token ids, their log-probabilities, and how far the runner-up was behind.
+        Samples of a prompt follow one another.
         """
         from vllm import SamplingParams
 
         wanted = 2 if self.run.logprobs else None
-        greedy = SamplingParams(
-            temperature=0.0, max_tokens=tokens, ignore_eos=True, logprobs=wanted
+        # vLLM refuses several greedy samples; the likeliest token alone is left to draw from.
+        greedy = {"temperature": 0.0} if samples == 1 else {"temperature": 1.0, "top_k": 1}
+        params = SamplingParams(
+            n=samples, max_tokens=tokens, ignore_eos=True, logprobs=wanted, **greedy
         )
         requests: list[Any] = [{"prompt_token_ids": ids} for ids in prompts]
-        outputs = self.llm.generate(requests, greedy, use_tqdm=False)
-        return [_answer(output.outputs[0]) for output in outputs]
+        outputs = self.llm.generate(requests, params, use_tqdm=False)
+        return [_answer(sample) for output in outputs for sample in output.outputs]
 
     def score(self, prompts: Sequence[list[int]]) -> list[float]:
         """Return the log-probability of every prompt token given those before it."""
@@ -141,6 +144,39 @@ def _every_token(engine: Engine) -> Answers:
     return engine.ask(prompts, 48)
 
 
+def _groups(prefix: int, own: int, per_group: int) -> list[list[int]]:
+    """Prompts of three groups, whose prefixes have their first half in common."""
+    half, prompts = prefix // 2, []
+    for group in range(3):
+        stem = prompt(half, 200) + prompt(half + 64 * group, 201 + group)
+        prompts += [stem + prompt(own + 5 * i, 300 + 10 * group + i) for i in range(per_group)]
+    return prompts
+
+
+def _shared_groups(engine: Engine) -> Answers:
+    return engine.ask(_groups(800, 3, per_group=8), 40)
+
+
+def _samples(engine: Engine) -> Answers:
+    """Several samples of each prompt, which share its pages."""
+    prompts = [prompt(1300, 210), prompt(333, 211), prompt(700, 212)]
+    return engine.ask(prompts, 40, samples=4)
+
+
+def _crowded_groups(engine: Engine) -> Answers:
+    """Groups whose prefixes are evicted by others, and come back."""
+    prompts = _groups(256, 20, per_group=4)
+    first = engine.ask(prompts, 60)
+    between = engine.ask([prompt(150 + i, 220 + i) for i in range(6)], 2)
+    return first + between + engine.ask(prompts[::-1], 60)
+
+
+# Asked where a run names them.
+SHARING: dict[str, Callable[[Engine], Answers]] = {
+    "shared groups": _shared_groups,
+    "samples": _samples,
+    "crowded groups": _crowded_groups,
+}
 WORKLOADS: dict[str, Callable[[Engine], Answers]] = {
     "mixed": _mixed,
     "page edges": _edges,
@@ -160,7 +196,7 @@ def answer(run: Run) -> dict[str, Any]:
     ready_s = time.monotonic() - started
     at_start = engine.counts()
     names = run.workloads or tuple(WORKLOADS)
-    answers = {name: WORKLOADS[name](engine) for name in names}
+    answers = {name: (WORKLOADS | SHARING)[name](engine) for name in names}
     scored = engine.score([prompt(900, 95), prompt(200, 96)]) if not run.workloads else []
     done = engine.counts()
     config = engine.llm.llm_engine.vllm_config

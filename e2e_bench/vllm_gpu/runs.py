@@ -35,7 +35,7 @@ class Run:
         graphs: CUDAGraphMode; "NONE": eager, without torch.compile too.
         options: further arguments of vllm.LLM.
         environment: further environment variables.
-        workloads: names of ``engine.WORKLOADS``; empty: all.
+        workloads: names of ``engine.WORKLOADS`` or ``engine.SHARING``; empty: all of the former.
         logprobs: whether log-probabilities are asked for.
         alone: must not share the GPU with another run.
         gpus: how many it needs.
@@ -71,6 +71,7 @@ class Case:
         noise: two runs of other backends, whose difference is what rounding does to this model.
         else_noise: taken instead where one of the former fails.
         shows: counts of ``ours`` that must be positive: evidence that the case is what it says.
+        hides: counts of ``ours`` that must be zero.
     """
 
     ours: Run
@@ -78,9 +79,12 @@ class Case:
     noise: tuple[Run, Run]
     shows: tuple[str, ...] = ("steps", "forwards")
     else_noise: tuple[Run, Run] | None = None
+    hides: tuple[str, ...] = ()
 
 
 DECODE_GRAPHS = ("steps", "forwards", "decode_steps")
+SAVED = ("steps", "forwards", "saved_kv_tokens")
+SHARING = ("shared groups", "samples", "crowded groups")
 NGRAM = {
     "method": "ngram",
     "num_speculative_tokens": 3,
@@ -91,9 +95,12 @@ NGRAM = {
 FULL_CACHE = {"num_gpu_blocks_override": 81, "max_model_len": 1024}
 
 
-def _pair(name: str, model: str, graphs: str = "NONE") -> tuple[Run, Run]:
+def _pair(
+    name: str, model: str, graphs: str = "NONE", workloads: tuple[str, ...] = ()
+) -> tuple[Run, Run]:
     """Two backends of vLLM on one model."""
-    return Run(f"{name} fa", model, FA, graphs), Run(f"{name} triton", model, TRITON, graphs)
+    fa = Run(f"{name} fa", model, FA, graphs, workloads=workloads)
+    return fa, Run(f"{name} triton", model, TRITON, graphs, workloads=workloads)
 
 
 def cases() -> list[Case]:
@@ -133,6 +140,7 @@ def cases() -> list[Case]:
             DECODE_GRAPHS,
         ),
     ]
+    found += _sharing_cases(llama)
     # Windows with soft caps, with sinks, alone. Triton serves all of it in every build of vLLM, FA3
     # caps and sinks in most.
     for model in ("gemma2", "gemma3"):
@@ -185,3 +193,25 @@ def cases() -> list[Case]:
         ),
     ]
     return found
+
+
+def _sharing_cases(model: str) -> list[Case]:
+    """Return cases whose requests share prefixes, found by the engine or not looked for."""
+    pair, both = _pair("llama shared", model, workloads=SHARING), "FULL_AND_PIECEWISE"
+    ngram, runner_v1 = {"speculative_config": NGRAM}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    crowded, greedy = ("crowded groups",), ("shared groups",)
+
+    def ours(name: str, graphs: str = both, **fields: Any) -> Run:
+        return Run(name, model, OURS, graphs, **({"workloads": SHARING} | fields))
+
+    full_cache = ours("llama shared full cache", options=FULL_CACHE, workloads=crowded)
+    drafting = ours("llama shared ngram", options=ngram, workloads=greedy, logprobs=False)
+    off = ours("llama shared off", environment={"FI_SHARING": "0"})
+    return [
+        Case(ours("llama shared"), pair[0], pair, (*SAVED, "decode_steps")),
+        Case(ours("llama shared FULL", "FULL"), pair[0], pair, SAVED),
+        Case(full_cache, pair[0], pair, (*SAVED, "preemptions")),
+        Case(drafting, pair[0], pair, (*SAVED, "drafted")),
+        Case(ours("llama shared runner V1", environment=runner_v1), pair[0], pair, SAVED),
+        Case(off, pair[0], pair, DECODE_GRAPHS, hides=("kv_tokens", "saved_kv_tokens")),
+    ]

@@ -103,6 +103,7 @@ def report(case: Case, results: dict[str, Result]) -> Result:
     noise = compare(results[pair[1].name], results[pair[0].name])
     reasons = judge(found, noise)
     reasons += [f"{name} is zero" for name in case.shows if not ours["counts"].get(name)]
+    reasons += [f"{name} is not zero" for name in case.hides if ours["counts"].get(name)]
     for name in dict.fromkeys(run.name for run in (case.reference, *pair)):
         if results[name]["counts"]["forwards"]:
             reasons.append(f"{name}: our attention ran in the reference")
@@ -170,7 +171,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="where the JSON goes")
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of case names")
     parser.add_argument("--jobs", type=int, default=4, help="engines beside each other")
-    parser.add_argument("--limit-s", type=float, default=360.0, help="for everything")
+    parser.add_argument("--limit-s", type=float, default=540.0, help="for everything")
     parser.add_argument("--run-limit-s", type=float, default=150.0, help="for one engine")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs that runs may use")
     parser.add_argument("--keep", type=Path, help="folder for answers and logs; else temporary")

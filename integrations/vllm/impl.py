@@ -27,7 +27,8 @@ from .kv_layout import kv_view
 from .limits import StepLimits
 from .logits import LayerLogits
 from .metadata import StepMetadata
-from .scratch import DeviceScratch, reserve_scratch
+from .scratch import DeviceScratch, invariant_chunk, reserve_scratch
+from .sharing import shares_prefixes
 
 
 class FiAttentionImpl(AttentionImpl[StepMetadata]):
@@ -84,13 +85,21 @@ class FiAttentionImpl(AttentionImpl[StepMetadata]):
         model: Any = vllm_config.model_config  # its dtype is declared wider than it is by now
         causal = self.attn_type == support.DECODER
         layer_class = self.layer_class(causal, model.dtype, self.head_size)
+        limits = StepLimits.of(vllm_config)
+        if self.may_share and shares_prefixes([layer_class], invariant_chunk()):
+            limits = limits.with_sharing()
         device = torch.device("cuda", torch.cuda.current_device())
-        return reserve_scratch(device, [layer_class], StepLimits.of(vllm_config))
+        return reserve_scratch(device, [layer_class], limits)
 
     @property
     def reads_cache(self) -> bool:
         """Whether K and V come from the KV cache, not from the step's own tensors."""
         return self.attn_type != support.ENCODER_ONLY
+
+    @property
+    def may_share(self) -> bool:
+        """Whether requests can hold the same pages; an encoder's keys are each request's own."""
+        return self.attn_type == support.DECODER
 
     def band(self, causal: bool) -> Band:
         """Return what a query sees. vLLM's window counts the query's own token."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fi_backend import Capacity
@@ -44,3 +44,18 @@ class StepLimits:
         # A verified request has its last token and the drafted ones.
         decode = Capacity(requests, requests * (drafts + 1), kv_len, max_q_len=drafts + 1)
         return cls(Capacity(requests, tokens, kv_len), decode)
+
+    def with_sharing(self) -> StepLimits:
+        """Return the limits of planners that look for shared prefixes.
+
+        Where one graph serves all steps, the general plan has every request verify drafted tokens:
+        it holds as many shared rows as the decode plan.
+        """
+        decode = self.decode.with_sharing()
+        general = replace(
+            self.general,
+            max_nodes=decode.max_nodes,
+            max_links=decode.max_links,
+            max_shared_tokens=decode.max_shared_tokens,
+        )
+        return StepLimits(general, decode)

@@ -33,6 +33,7 @@ from .graphs import takes_decode_plan
 from .limits import StepLimits
 from .recorder import recorder
 from .scratch import invariant_chunk, shared_workspace
+from .sharing import shared_reads, shares_prefixes
 from .threads import start_threads
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         self._page_size: int = kv_cache_spec.block_size
         chunk = getattr(kv_cache_spec, "attention_chunk_size", None)
         self._limits = StepLimits.of(vllm_config, chunk)
+        # vLLM passes the chunks of local attention as requests of their own, which are short.
+        self._may_share = not chunk and all(impl.may_share for impl in impls)
         self._plans: dict[bool, _GroupPlans] = {}
         if device.type == "cpu":
             start_threads()
@@ -146,6 +149,7 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         batch = self._batch(step)
         group = self._plan_of(step, causal=bool(causal))
         group.planner.plan(batch)
+        shared_reads.after_plan()
         # In vLLM's host copy: padded requests of a captured size have no tokens.
         num_tokens = int(step.query_start_loc_cpu[step.num_reqs])
         recorder.offer(batch, num_tokens, group.slots)
@@ -153,6 +157,13 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         counts.planned_requests += step.num_reqs
         counts.planned_tokens += num_tokens
         return StepMetadata(num_tokens, group.slots, step.slot_mapping)
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> StepMetadata:
+        """Plan the dummy step that a graph is captured with."""
+        with shared_reads.not_counted():
+            return super().build_for_cudagraph_capture(common_attn_metadata)
 
     def _batch(self, step: CommonAttentionMetadata) -> PagedBatch:
         """Return the step as views of vLLM's memory.
@@ -204,7 +215,9 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                 for reason in why_not(AttentionConfig.of(layer_class, self.device))
             ]
         )
-        chunk = invariant_chunk()
+        chunk, limits = invariant_chunk(), self._limits
+        if self._may_share and shares_prefixes(classes, chunk):
+            limits = limits.with_sharing()
 
         def plan_within(capacity: Capacity) -> _GroupPlan:
             planner = StepPlanner(
@@ -212,14 +225,15 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                 capacity,
                 self.device,
                 batch_invariant_chunk=chunk,
-                workspace=shared_workspace(self.device, self.vllm_config, classes, self._limits),
+                workspace=shared_workspace(self.device, self.vllm_config, classes, limits),
             )
+            shared_reads.watch(planner, writes=self.vllm_config.parallel_config.rank == 0)
             return _GroupPlan(planner, {name: planner.slot(i) for name, i in slot_of.items()})
 
         # A request's bits must not depend on whether others of its step are prefilled: one kernel.
         decodes = has_decode_kernel(self.device) and self._reads_cache and not chunk
-        decode = plan_within(self._limits.decode) if decodes else None
-        return _GroupPlans(plan_within(self._limits.general), decode)
+        decode = plan_within(limits.decode) if decodes else None
+        return _GroupPlans(plan_within(limits.general), decode)
 
 
 def has_decode_kernel(device: torch.device) -> bool:

@@ -44,8 +44,12 @@ def test_layers_share_one_workspace_that_holds_the_largest() -> None:
     last = small.workspace
     scratch.reserve_scratch(CPU, [SMALL], limits())
     assert small.workspace is last
+    plain, shared = limits(), limits().with_sharing()
+    scratch.reserve_scratch(CPU, [LARGE], shared)
+    assert small.workspace is not last, "shared rows have partial states"
+    last = small.workspace
     for layer_class in (SMALL, LARGE):
-        for capacity in (limits().general, limits().decode):
+        for capacity in (plain.general, plain.decode, shared.general, shared.decode):
             size = workspace_size([layer_class], capacity)
             assert last.size | size == last.size
             assert StepPlanner([layer_class], capacity, workspace=last).workspace is last
@@ -81,8 +85,15 @@ def test_a_layer_on_a_gpu_reserves_when_it_is_constructed(monkeypatch: pytest.Mo
     monkeypatch.setattr(impl, "reserve_scratch", record)
     layer = vllm_layer(Layer(head_size=64))
     expected = LayerClass(HeadShape(4, 2, 64), torch.bfloat16, band=CAUSAL)
-    assert asked == [(torch.device("cuda", 1), [expected], StepLimits.of(config))]
+    shared = StepLimits.of(config).with_sharing()
+    assert asked.pop() == (torch.device("cuda", 1), [expected], shared)
     assert layer.impl._scratch == "scratch", "the layer keeps it alive"
+    monkeypatch.setenv("FI_SHARING", "0")
+    Layer(head_size=64).impl()
+    assert asked.pop()[2] == StepLimits.of(config)
+    monkeypatch.delenv("FI_SHARING")
+    Layer(head_size=64, sliding_window=9).impl()
+    assert asked.pop()[2] == StepLimits.of(config)
 
 
 def test_a_layer_on_the_cpu_reserves_nothing() -> None:

@@ -14,6 +14,7 @@ from vllm_engines import (
     chunked_prefill_beside_decodes,
     mixed_prompts,
     random_prompt,
+    shared_groups,
 )
 
 from e2e_bench.demo import tiny_models
@@ -28,10 +29,17 @@ def expected() -> dict[str, Tokens]:
             "mixed": mixed_prompts(stock),
             "chunked": chunked_prefill_beside_decodes(stock),
             "crowd": stock.tokens(CROWD, max_tokens=60),
+            "groups": shared_groups(stock),
+            "crowded groups": stock.tokens(CROWDED_GROUPS, max_tokens=24),
         }
 
 
 CROWD = [random_prompt(100 + 7 * i, seed=80 + i) for i in range(12)]
+# In pages of 32: three prefixes of six pages, and twelve times about three pages.
+CROWDED_GROUPS = [
+    random_prompt(200, seed=180 + i % 3) + random_prompt(10 + 3 * i, seed=190 + i)
+    for i in range(12)
+]
 
 
 @pytest.mark.parametrize(
@@ -59,11 +67,23 @@ def test_verification_of_drafted_tokens(expected: dict[str, Tokens]) -> None:
     }
     with Engine("llama", "CUSTOM", speculative_config=drafting) as ours:
         assert mixed_prompts(ours) == expected["mixed"]
+        assert shared_groups(ours) == expected["groups"]
         accepted = ours.counter("vllm:spec_decode_num_accepted_tokens")
         drafted = ours.counter("vllm:spec_decode_num_draft_tokens")
         stats = adapter.stats()
     assert accepted > 0.8 * drafted > 0, "the model drafts for itself"
     assert stats.planned_tokens > stats.planned_requests, "no request had several query tokens"
+    assert stats.saved_kv_tokens > 0, "drafted tokens are verified against shared prefixes"
+
+
+def test_sharing_is_switched_off(
+    monkeypatch: pytest.MonkeyPatch, expected: dict[str, Tokens]
+) -> None:
+    monkeypatch.setenv("FI_SHARING", "0")
+    with Engine("llama", "CUSTOM") as ours:
+        assert shared_groups(ours) == expected["groups"]
+        stats = adapter.stats()
+    assert stats.forwards > 0 and (stats.kv_tokens, stats.saved_kv_tokens) == (0, 0)
 
 
 def test_samples_of_one_prompt_share_its_pages() -> None:
@@ -76,13 +96,15 @@ def test_samples_of_one_prompt_share_its_pages() -> None:
             samples[backend] = engine.tokens(prompts, n=4, seed=11, temperature=1.0)
     stats = adapter.stats()
     assert 0 < stats.planned_tokens < sum(4 * len(p) for p in prompts), "no page was shared"
+    assert 2 * stats.saved_kv_tokens > stats.kv_tokens, "samples read their prompt once"
     assert len({tuple(sample) for sample in samples[None]}) == 8, "samples of one prompt differ"
     assert samples["CUSTOM"] == samples[None]
 
 
 @pytest.fixture(scope="module")
-def crowded() -> Iterator[Engine]:
+def crowded(expected: dict[str, Tokens]) -> Iterator[Engine]:
     """An engine whose cache holds 1024 tokens: about half of what CROWD needs."""
+    del expected  # its engine has stopped before this one starts
     options = {"block_size": 32, "num_gpu_blocks_override": 33, "max_model_len": 512}
     with Engine("llama", "CUSTOM", **options) as ours:
         yield ours
@@ -94,6 +116,16 @@ def test_a_full_cache_preempts_and_recovers(crowded: Engine, expected: dict[str,
     assert crowded.tokens(CROWD, max_tokens=60) == expected["crowd"]
     assert crowded.counter("vllm:num_preemptions") > before, "the cache was not full"
     assert adapter.stats().forwards > 0
+
+
+def test_prefixes_come_and_go_in_a_full_cache(crowded: Engine, expected: dict[str, Tokens]) -> None:
+    adapter.reset_stats()
+    before = crowded.counter("vllm:num_preemptions")
+    for _ in range(2):
+        assert crowded.tokens(CROWDED_GROUPS, max_tokens=24) == expected["crowded groups"]
+        crowded.tokens(CROWD[:6], max_tokens=2)  # takes the pages of the prefixes
+    assert crowded.counter("vllm:num_preemptions") > before, "the cache was not full"
+    assert adapter.stats().saved_kv_tokens > 0
 
 
 def test_aborted_requests_leave_the_others_right(

@@ -50,3 +50,5 @@ def test_tokens_equal_those_of_vllms_own_attention(pair: Pair, workload: str) ->
     steps = stats.forwards / LAYERS[pair.model]
     assert steps >= len(tokens[0]), f"too few of our layers ran: {stats}"
     assert tokens == pair.expected[workload]
+    if workload == "shared groups":
+        assert stats.saved_kv_tokens > 0, f"layers without a window share: {stats}"
