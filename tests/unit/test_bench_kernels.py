@@ -232,7 +232,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected beginnings of fi_backend, fa3" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["kernels", "plan"])
+@pytest.mark.parametrize("command", ["kernels", "plan", "sharing"])
 def test_a_machine_without_a_gpu(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
