@@ -35,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("plan", help="planning a step, FA3's scheduler beside us")
     _gpu_options(one, "plan")
     one.add_argument("--fa3", type=Path, help="as for kernels")
+    one = commands.add_parser("sharing", help="a step with shared prefixes looked for and not")
+    _gpu_options(one, "sharing")
+    one.add_argument("--only", type=_words, default=(), help="as for kernels")
     one = commands.add_parser("ops", help="append_kv and merge_states, a copy beside us")
     _gpu_options(one, "ops")
     one = commands.add_parser("jit", help="compiling and launching; partly without a GPU")
@@ -97,7 +100,7 @@ def _run_on_gpu(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available() and args.command != "jit":
         print(f"{args.command}: expected a CUDA device, got none", file=sys.stderr)
         return 2
-    partial = args.quick or (args.command == "kernels" and (args.only or args.impls))
+    partial = args.quick or getattr(args, "only", ()) or getattr(args, "impls", ())
     out = args.out
     if out is None and not partial and torch.cuda.is_available():
         out = _default_out(args.command)
@@ -107,6 +110,10 @@ def _run_on_gpu(args: argparse.Namespace) -> int:
         from e2e_bench import plan
 
         return plan.run(out, args.fa3, args.quick)
+    if args.command == "sharing":
+        from e2e_bench import sharing
+
+        return sharing.run(out, args.only, args.quick)
     if args.command == "ops":
         from e2e_bench import ops
 

@@ -12,12 +12,14 @@ import importlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from e2e_bench.gpu_data import Data, make_csr
+from e2e_bench.gpu_data import Csr, Data, make_csr
 from e2e_bench.impls import Implementation, NotHere, Prepared
 from e2e_bench.workloads import Workload
 
@@ -98,8 +100,12 @@ def why_not(name: str, workload: Workload) -> str | None:
     """Return why a wrapper does not run a workload."""
     if name == "flashinfer_decode" and not workload.is_decode:
         return "one query token per request only"
-    if name == "flashinfer_cascade" and not workload.shared:
-        return "shared prefixes only"
+    if name == "flashinfer_cascade":
+        depths = {len(workload.path(request)) for request in range(len(workload.kv_lens))}
+        if depths == {0}:
+            return "shared prefixes only"
+        if len(depths) > 1:
+            return "prefixes of one depth only"
     return None
 
 
@@ -197,26 +203,73 @@ def _persistent(package: Any, _workspace: Tensor, data: Data) -> Prepared:
     return _into_out(lambda q, kv, out: wrapper.run(q, kv, out=out, lse=lse), data)
 
 
+@dataclass(frozen=True)
+class Level:
+    """One level of a cascade: KV ranges, each read for consecutive query tokens.
+
+    Attributes:
+        qo_indptr: int32 [ranges + 1], query tokens before each range's.
+        kv: the ranges.
+    """
+
+    qo_indptr: Tensor
+    kv: Csr
+
+
+def cascade_levels(data: Data, order: Sequence[int]) -> list[Level]:
+    """Return the levels of prefixes, then that of each request's own KV.
+
+    Args:
+        data: whose requests all have a prefix on every level.
+        order: of the requests; those of a prefix follow each other.
+    """
+    workload, levels = data.workload, []
+    read = [0] * len(order)  # pages of each request that the levels so far have read
+    for level in range(workload.levels):
+        spans, rows, lens = [], [], []
+        for prefix, members in groupby(order, key=lambda r: workload.path(r)[level]):
+            spans.append(list(members))
+            begin, count = read[spans[-1][0]], workload.page_counts[prefix]
+            rows.append(data.rows[spans[-1][0]][begin : begin + count])
+            lens.append(workload.prefixes[prefix].tokens)
+            for request in spans[-1]:
+                read[request] += count
+        levels.append(_level(data, spans, rows, lens))
+    own = [data.rows[request][read[request] :] for request in order]
+    own_lens = [workload.own_lens[request] for request in order]
+    return [*levels, _level(data, [[request] for request in order], own, own_lens)]
+
+
+def _level(
+    data: Data, spans: Sequence[Sequence[int]], rows: Sequence[Tensor], lens: Sequence[int]
+) -> Level:
+    q_lens = data.workload.q_lens
+    counts = [sum(q_lens[request] for request in span) for span in spans]
+    indptr = torch.tensor([0, *counts]).cumsum(0).to(data.device, torch.int32)
+    return Level(indptr, make_csr(rows, lens, data.workload.page, data.device))
+
+
 def _cascade(package: Any, workspace: Tensor, data: Data) -> Prepared:
-    workload, device = data.workload, data.device
-    wrapper = package.MultiLevelCascadeAttentionWrapper(2, workspace, "NHD")
-    pages = workload.shared_pages
-    shared = make_csr([data.rows[0][:pages]], [workload.shared], workload.page, device)
-    own_lens = [kv_len - workload.shared for kv_len in workload.kv_lens]
-    own = make_csr([row[pages:] for row in data.rows], own_lens, workload.page, device)
-    everyone = torch.tensor([0, workload.num_tokens], dtype=torch.int32, device=device)
+    """The wrapper wants the tokens of a prefix side by side: they are sorted before the time."""
+    workload = data.workload
+    order = sorted(range(len(workload.kv_lens)), key=workload.path)
+    levels = cascade_levels(data, order)
+    wrapper = package.MultiLevelCascadeAttentionWrapper(len(levels), workspace, "NHD")
     wrapper.plan(
-        [everyone, data.qo_indptr],
-        [shared.indptr, own.indptr],
-        [shared.indices, own.indices],
-        [shared.last_page_len, own.last_page_len],
+        [level.qo_indptr for level in levels],
+        [level.kv.indptr for level in levels],
+        [level.kv.indices for level in levels],
+        [level.kv.last_page_len for level in levels],
         *_shape(data),
         workload.page,
         causal=True,
         q_data_type=BF16,
         kv_data_type=BF16,
     )
-    return Prepared(lambda layer: wrapper.run(data.q, data.layers[layer]), None)
+    starts = data.qo_indptr.tolist()
+    tokens = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in order]).to(data.device)
+    q = data.q[tokens]
+    return Prepared(lambda layer: wrapper.run(q, data.layers[layer]), None, tokens.argsort())
 
 
 def _into_out(run: Callable[..., object], data: Data) -> Prepared:

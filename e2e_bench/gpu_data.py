@@ -75,16 +75,9 @@ class Data:
         q = torch.randn(shape, dtype=torch.float32, device=device, generator=generator)
         self.q = (q * QUERY_SCALE).bfloat16()
         self.rows = page_rows(workload)
-        width = max(len(row) for row in self.rows)
-        table = torch.zeros(len(self.rows), width, dtype=torch.int32)
-        for request, row in enumerate(self.rows):
-            table[request, : len(row)] = row
-        self.table = table.to(device)
-        lengths = torch.tensor([0, *workload.q_lens]).cumsum(0)
-        self.qo_indptr = lengths.to(device, torch.int32)
-        self.kv_len = torch.tensor(workload.kv_lens, dtype=torch.int32, device=device)
-        page_table = fi.PageTable.dense(self.table, workload.page)
-        self.batch = fi.PagedBatch(self.qo_indptr, self.kv_len, page_table)
+        self.batch = make_batch(workload, self.rows, device)
+        self.table = self.batch.page_table.entries
+        self.qo_indptr, self.kv_len = self.batch.qo_indptr, self.batch.kv_len
 
     def new_out(self) -> Tensor:
         """Return memory for an output, NaN where nothing is written."""
@@ -106,12 +99,25 @@ def _cut_layers(workload: Workload, pool: Tensor, count: int) -> list[tuple[Tens
 
 
 def page_rows(workload: Workload) -> list[Tensor]:
-    """Return the page ids of each request, int32 on the host: shuffled, the shared ones first."""
+    """Return the page ids of each request, int32 on the host: shuffled, a prefix's placed once."""
     generator = torch.Generator().manual_seed(13)
     order = torch.randperm(workload.num_pages, dtype=torch.int32, generator=generator)
-    shared, own = order[: workload.shared_pages], order[workload.shared_pages :]
-    counts = [count - workload.shared_pages for count in workload.pages_per_request]
-    return [torch.cat((shared, pages)) for pages in own.split(counts)]
+    parts = order.split(workload.page_counts)
+    own = parts[len(workload.prefixes) :]
+    return [
+        torch.cat([*(parts[prefix] for prefix in workload.path(request)), pages])
+        for request, pages in enumerate(own)
+    ]
+
+
+def make_batch(workload: Workload, rows: Sequence[Tensor], device: torch.device) -> fi.PagedBatch:
+    """Return the step with rows of page ids as a dense table; unused entries are 0."""
+    table = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device)
+    return fi.PagedBatch(
+        torch.tensor([0, *workload.q_lens]).cumsum(0).to(device, torch.int32),
+        torch.tensor(workload.kv_lens, dtype=torch.int32, device=device),
+        fi.PageTable.dense(table, workload.page),
+    )
 
 
 def make_csr(

@@ -33,17 +33,19 @@ class Prepared:
     Attributes:
         call: enqueues the attention of one layer.
         out: where it writes; None: what it returns.
+        rows: where the output has each query token; None: in the order of the batch.
     """
 
     call: Callable[[int], Tensor | None]
     out: Tensor | None
+    rows: Tensor | None = None
 
     def result(self) -> Tensor:
         """Run layer 0 and return its output."""
         returned = self.call(0)
         out = returned if self.out is None else self.out
         assert out is not None
-        return out
+        return out if self.rows is None else out[self.rows]
 
 
 class Implementation(Protocol):
@@ -63,7 +65,10 @@ class Implementation(Protocol):
 
 
 class Ours:
-    """This package, on a planner for no more than the workload needs."""
+    """This package, on a planner for no more than the workload needs.
+
+    What a workload shares is for the planner to find: it is given page tables and nothing else.
+    """
 
     name = "fi_backend"
 
@@ -84,14 +89,26 @@ class Ours:
         return Prepared(call, out)
 
 
-def make_planner(workload: Workload, device: torch.device) -> fi.StepPlanner:
-    """Return a planner that serves the workload and nothing larger."""
+def make_planner(
+    workload: Workload, device: torch.device, levels: int | None = None
+) -> fi.StepPlanner:
+    """Return a planner that serves the workload and nothing larger.
+
+    Args:
+        workload: the only step.
+        device: of its tensors.
+        levels: of shared prefixes that there is room for, 0: none are looked for; None: as many as
+            the workload has.
+    """
     capacity = fi.Capacity(
         len(workload.q_lens),
         workload.num_tokens,
         max(workload.kv_lens),
         max_q_len=max(workload.q_lens),
     )
+    room = workload.levels if levels is None else levels
+    if room > 0:
+        capacity = capacity.with_sharing(room)
     layer_class = fi.LayerClass(workload.heads, torch.bfloat16)
     return fi.StepPlanner([layer_class], capacity, device=device)
 

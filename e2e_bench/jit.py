@@ -21,8 +21,8 @@ import torch
 
 from e2e_bench import report, run_log, tables
 from e2e_bench.gpu_data import tiny_data
+from e2e_bench.host_timing import host_row
 from e2e_bench.impls import Ours
-from e2e_bench.plan import host_row
 from e2e_bench.run_log import RunLog
 from fi_backend import _core
 from fi_backend.jit.kernels import arch_of

@@ -1,9 +1,10 @@
-"""What planning a step costs: time on the device and on the host, FA3's scheduler beside ours."""
+"""What planning a step costs: time on the device and on the host, FA3's scheduler beside ours.
+
+Prefixes are not looked for here; detection.py has the steps where they are.
+"""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import torch
 
 import fi_backend as fi
-from e2e_bench import graph_timing, report, run_log, tables
+from e2e_bench import detection, graph_timing, report, run_log, tables
+from e2e_bench.host_timing import HOST_CALLS, host_row
 from e2e_bench.impls import Fa3, NotHere, scheduler_metadata
 from e2e_bench.run_log import RunLog
 from e2e_bench.workloads import LLAMA, uniform
@@ -23,9 +25,6 @@ PAGE = 16
 CHUNK = 1024  # query tokens of the prefill chunk in a mixed step
 VERIFIED = 4  # query tokens of every request in a verification step
 PLANS_PER_GRAPH = 100
-HOST_CALLS = 1000
-# Calls between synchronisations: the launch queue holds about a thousand, a full one blocks.
-QUEUE = 50
 
 
 @dataclass(frozen=True)
@@ -80,28 +79,6 @@ def _fa3(step: Step, device: torch.device) -> Callable[[], object]:
     )
 
 
-def host_times(call: Callable[[], object], calls: int = HOST_CALLS) -> list[float]:
-    """Return µs of host time of each call, the stream kept short."""
-    times = []
-    for i in range(calls):
-        if i % QUEUE == 0:
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - begin) * 1e6)
-    torch.cuda.synchronize()
-    return times
-
-
-def host_row(workload: str, impl: str, call: Callable[[], object], calls: int) -> report.Row:
-    """Return the row of ten medians: single calls now and then wait for the system."""
-    share = max(calls // 10, 1)
-    host_times(call, share)  # warm
-    return report.Row.of_times(
-        workload, impl, [statistics.median(host_times(call, share)) for _ in range(10)]
-    )
-
-
 def run(out: Path | None, fa3: Path | None, quick: bool) -> int:
     """Run the benchmark; return the exit status."""
     device, log = torch.device("cuda", torch.cuda.current_device()), RunLog()
@@ -127,6 +104,8 @@ def run(out: Path | None, fa3: Path | None, quick: bool) -> int:
                 rows.append(host_row(f"{step.name}.host", name, call, HOST_CALLS))
         if log.device_is_lost:
             break
+    if not log.device_is_lost:
+        rows += detection.rows(device, quick, log)
     if out is not None and rows:
         versions = run_log.gpu_versions()
         header = report.meta(versions, gpu=report.gpu_name(), failures=log.failures)

@@ -140,7 +140,8 @@ def write(path: Path, header: dict[str, Any], rows: list[Row]) -> None:
 
 def has_rows(path: Path) -> bool:
     """Return whether a file of results is one of ``write``, by its name; others only have meta."""
-    return path.stem == "cpu" or path.stem.startswith(("kernels-", "plan-", "ops-", "jit-"))
+    beginnings = ("kernels-", "plan-", "sharing-", "ops-", "jit-")
+    return path.stem == "cpu" or path.stem.startswith(beginnings)
 
 
 def load_meta(path: Path) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from e2e_bench.limits import NOTHING_SHARED_RATIO, limit_us
 from e2e_bench.report import Row
 
 OURS = "fi_backend"
+OURS_NO_SHARING = "fi_backend_no_sharing"  # only beside ours, in the sharing benchmark
 SHORT = {
     "fa3": "FA3",
     "flashinfer_decode": "FlashInfer decode",
@@ -49,23 +51,33 @@ def duration(value_us: float) -> str:
 
 
 def kernel_table(rows: Sequence[Row]) -> str:
-    """Return times in µs beside the floor, and ours over the best peer's and over the floor's."""
+    """Return times in µs beside the floor, and ours over the best peer's and over the floor's.
+
+    Where a workload has a limit there is a column of them.
+    """
     grouped = by_workload(rows)
     present = {row.impl for row in rows}
     impls = [name for name in IMPLS if name in present]
     titles = [SHORT.get(name, name) for name in impls]
-    header = ["workload", "floor", *titles, "of best peer", "of floor"]
+    limits = ["limit"] if any(limit_us(row) for row in rows) else []
+    header = ["workload", "floor", *limits, *titles, "of best peer", "of floor"]
     lines = [_line(header), _line(["---"] * len(header))]
     for workload, found in grouped.items():
         ours, peer = found.get(OURS), best_peer(found)
-        floor = next(iter(found.values())).floor_us
-        cells = [workload, "" if floor is None else microseconds(floor)]
+        first = next(iter(found.values()))
+        cells = [workload, _microseconds(first.floor_us)]
+        if limits:
+            cells.append(_microseconds(limit_us(first)))
         for name in impls:
             cells.append(_cell(found.get(name), peer))
         cells.append(_ratio(ours, None if peer is None else peer.us_median))
-        cells.append(_ratio(ours, floor))
+        cells.append(_ratio(ours, first.floor_us))
         lines.append(_line(cells))
     return "\n".join(lines)
+
+
+def _microseconds(value: float | None) -> str:
+    return "" if value is None else microseconds(value)
 
 
 def _cell(row: Row | None, best: Row | None) -> str:
@@ -96,21 +108,40 @@ def spread_table(rows: Sequence[Row]) -> str:
 
 
 def time_table(rows: Sequence[Row]) -> str:
-    """Return times of things that are no attention calls: a line each, a column per peer."""
+    """Return times of things that are no attention calls: a line each, a column per peer.
+
+    Where a line has a limit there is a column of them.
+    """
     grouped = by_workload(rows)
     impls = list(dict.fromkeys(row.impl for row in rows))
-    header = ["", *(SHORT.get(name, name) for name in impls)]
+    limits = ["limit"] if any(limit_us(row) for row in rows) else []
+    header = ["", *(SHORT.get(name, name) for name in impls), *limits]
     lines = [_line(header), _line(["---"] * len(header))]
     for workload, found in grouped.items():
-        cells = []
-        for name in impls:
-            row = found.get(name)
-            if row is None:
-                cells.append("–")
-                continue
-            spread = f"{duration(row.us_min)} – {duration(row.us_max)}"
-            cells.append(f"{duration(row.us_median)} ({spread})")
+        cells = [_time(found.get(name)) for name in impls]
+        if limits:
+            limit = limit_us(next(iter(found.values())))
+            cells.append("" if limit is None else duration(limit))
         lines.append(_line([workload, *cells]))
+    return "\n".join(lines)
+
+
+def _time(row: Row | None) -> str:
+    if row is None:
+        return "–"
+    return f"{duration(row.us_median)} ({duration(row.us_min)} – {duration(row.us_max)})"
+
+
+def sharing_table(rows: Sequence[Row]) -> str:
+    """Return times in µs with prefixes looked for and not, and what looking costs or saves."""
+    header = ["", "looked for", "not", "of not looking", "limit"]
+    lines = [_line(header), _line(["---"] * len(header))]
+    for workload, found in by_workload(rows).items():
+        on, off = found.get(OURS), found.get(OURS_NO_SHARING)
+        ratio = "–" if on is None or off is None else f"{on.us_median / off.us_median:.3f}"
+        is_limited = workload.startswith("nothing.") and workload.endswith(".step")
+        limit = f"{NOTHING_SHARED_RATIO:.2f}" if is_limited else ""
+        lines.append(_line([workload, _time(on), _time(off), ratio, limit]))
     return "\n".join(lines)
 
 

@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from plan_fibers import FILL
+from torch import Tensor
 
 from fi_backend import Capacity, PagedBatch, PageTable, _core
 from fi_backend.class_plans import plan_capacity
 from fi_backend.launch import table_view
-from fi_backend.prefix_forest import forest_arrays
+from fi_backend.prefix_forest import PrefixForest, forest_arrays
 
 CHECKPOINT, MAX_LEVELS, MAX_MEMBER_TOKENS = 64, 8, 64
 UNUSED = -(1 << 20)  # in entries that nobody may read
+MOST_TOKENS = 8192  # of a request of `serving_step`
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,11 @@ class Step:
     def arrays(self, forest: NDArray[np.uint8]) -> dict[str, NDArray[np.void]]:
         layout = _core.forest_layout(plan_capacity(self.capacity))
         return forest_arrays(forest, layout, self.batch.num_requests)
+
+
+def arrivals_of(forest: PrefixForest) -> Tensor | None:
+    """The kernel's counter of CTAs, zero between launches; None on the CPU."""
+    return next((held for held in forest._held if held.shape == (1,)), None)
 
 
 Node = tuple[int, int, tuple[int, ...]]  # kv_begin, kv_end, members
@@ -132,6 +139,67 @@ def random_step(seed: int, max_requests: int = 60, most_tokens: int = 20_000) ->
         capacity,
         rows,
     )
+
+
+def serving_step(seed: int, requests: int, page: int, kind: str = "dense") -> Step:
+    """Requests of up to 8,192 tokens that branch off each other, as `random_step`'s.
+
+    Steps of equal arguments but the seed have tensors of equal shapes.
+
+    Args:
+        seed: of all that is drawn.
+        requests: how many.
+        page: tokens of one.
+        kind: of table: dense, csr or indirect.
+    """
+    rng = np.random.default_rng(seed)
+    width = MOST_TOKENS // page
+    table = np.arange(requests * width, dtype=np.int32).reshape(requests, width)
+    order = rng.permutation(requests)
+    for i in range(1, requests):
+        row, other = table[order[i]], table[order[rng.integers(i)]]
+        end = rng.choice([0, width // 8, width // 2, rng.integers(width)])
+        row[:end] = other[:end]
+        if rng.random() < 0.05:  # equal ids behind different ones
+            row[end + 1 :] = other[end + 1 :]
+    q = rng.choice([1, 1, 1, 1, 0, 4, MAX_MEMBER_TOKENS, MAX_MEMBER_TOKENS + 1], requests)
+    kv = np.maximum(rng.integers(0, MOST_TOKENS + 1, requests), q)
+    pages = -(-kv // page)
+    table[np.arange(width) >= pages[:, None]] = UNUSED
+    indptr = torch.tensor([0, *np.cumsum(q)], dtype=torch.int32)
+    tokens = (MAX_MEMBER_TOKENS + 1) * requests
+    # What does not fit is declined.
+    limits = (requests, 8 * requests, tokens // 2 if seed % 3 == 2 else 8 * tokens)
+    return Step(
+        f"{requests} requests, page {page}, {kind}, {seed}",
+        PagedBatch(
+            indptr,
+            torch.tensor(kv, dtype=torch.int32 if seed % 2 else torch.int64),
+            _serving_table(rng, table, pages, page, kind),
+        ),
+        Capacity(requests, tokens, MOST_TOKENS, *limits),
+        [],
+    )
+
+
+def _serving_table(
+    rng: np.random.Generator,
+    table: NDArray[np.int32],
+    pages: NDArray[np.int64],
+    page: int,
+    kind: str,
+) -> PageTable:
+    if kind == "dense":
+        return PageTable.dense(torch.from_numpy(table), page)
+    if kind == "csr":
+        used = np.concatenate([row[:count] for row, count in zip(table, pages, strict=True)])
+        indptr = torch.tensor([0, *np.cumsum(pages)], dtype=torch.int32)
+        return PageTable.csr(indptr, torch.from_numpy(used), page)
+    assert kind == "indirect", kind
+    index = rng.permutation(2 * len(table))[: len(table)]
+    entries = np.full((2 * len(table), table.shape[1]), UNUSED, np.int32)
+    entries[index] = table
+    return PageTable.indirect(torch.from_numpy(entries), torch.from_numpy(index), page)
 
 
 def _mix_in_equal_ids(draw: Random, rows: list[list[int]]) -> None:

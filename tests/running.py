@@ -96,15 +96,21 @@ def make_layer(
 def run(case: Case, problem: Problem, num_ctas: int | None = None, place: Place = CPU) -> Result:
     """Plan and run a CPU problem on a copy of it there; outputs, returned on the CPU, are NaN
     before the call."""
+    return run_layer(make_layer(case, problem, num_ctas, place), case, problem, place.device)
+
+
+def run_layer(
+    layer: Attention | PlannedLayer, case: Case, problem: Problem, device: str = "cpu"
+) -> Result:
+    """As ``run``, on a layer that is there."""
     out = make_out(case, problem)
     if problem.partial:
         out = out.float()
     softmax = problem.variant is None or problem.variant.softmax
     lse = torch.full(out.shape[:2], torch.nan) if softmax else None
-    if place.device != "cpu":
-        problem, out = to_device(problem, place.device), copy_to(out, place.device)
-        lse = None if lse is None else lse.to(place.device)
-    layer = make_layer(case, problem, num_ctas, place)
+    if device != "cpu":
+        problem, out = to_device(problem, device), copy_to(out, device)
+        lse = None if lse is None else lse.to(device)
     layer.plan(problem.batch)
     layer(
         problem.q,
@@ -137,8 +143,13 @@ def check_problem(
 ) -> Result:
     """Run a problem, compare the result, and look at the gaps between rows and heads of out."""
     result = run(case, problem, num_ctas, place)
+    check_result(result, problem)
+    return result
+
+
+def check_result(result: Result, problem: Problem) -> None:
+    """Compare a result, and look at the gaps between rows and heads of out."""
     compare(result, problem)
     assert elements_around(result.out).isnan().all(), "a gap of out was written"
     if result.lse is not None:
         assert result.lse[problem.num_tokens :].isnan().all(), "a padding row of lse was written"
-    return result

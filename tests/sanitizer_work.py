@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
+from dataclasses import replace
 
 import torch
 from cases import Case, make_problem
 from forest import Tree, groups_of, make_shared
+from forest_problems import sharing_capacity
+from forest_steps import random_step, serving_step
 from named_cases import BF16, DECODES, DRAFTS, FP8, FP16, capacity_of, heads
 from placing import misplace
 from running import Place, check_problem
@@ -17,7 +19,9 @@ from specialisations import planned_kernels
 
 import fi_backend as fi
 from fi_backend import _core
+from fi_backend.host_batch import to_device
 from fi_backend.jit.kernels import DeviceKernel, arch_of, load, prebuild
+from fi_backend.prefix_forest import PrefixForest, forest_kernel
 
 DEVICE = os.environ.get("FI_TEST_DEVICE", "cuda:0")
 MIXED = ((1, 77), (33, 33), (20, 90), (0, 0), (1, 150))
@@ -34,6 +38,13 @@ CASES = [
     (3, "any", Case("d256", MIXED[:2], heads(8, 256), BF16)),
     (None, "any", Case("whole-grid", MIXED, heads(4, 192, 128), BF16)),
 ]
+# Prefixes that the planner finds: one of all requests, two that continue it.
+SHARERS = ((1, 400), (4, 500), (2, 390), (1, 450))
+FOUND = [
+    Case("found", SHARERS, heads(4, 128), BF16),
+    Case("found-fp8", SHARERS, heads(2), BF16, FP8, page_size=1, scales="one"),
+]
+LARGE = fi.Capacity(4096, 8192, 131_072, 4096, 8 * 4096, 8 * 4096)
 PLANTED = {
     "memcheck": "p.lse[1 << 24] = 1.0f;",
     "racecheck": """__shared__ float x[128];
@@ -48,6 +59,9 @@ PLANTED = {
 def run_cases() -> None:
     """Every kernel we ship, small: attention with splits and merges, planner, append, merge."""
     kernels = [kernel for _, step, case in CASES for kernel in planned_kernels(case, step)]
+    for case in FOUND:
+        kernels += planned_kernels(case, "drafts", shares=True)
+    kernels += [forest_kernel(LARGE), forest_kernel(sharing_capacity("drafts"))]
     prebuild(kernels, arch_of(torch.device(DEVICE)))
     for num_ctas, step, case in CASES:
         check_problem(case, make_problem(case), num_ctas, Place(DEVICE, capacity_of(step)))
@@ -58,9 +72,33 @@ def run_cases() -> None:
     trees = (Tree((0, 1, 2), 64, (Tree((0, 1), 96),)),)
     shared = make_shared(case, trees)
     batch = fi.shared_prefix(shared.batch, groups_of(trees))
-    shared = dataclasses.replace(shared, batch=batch)
+    shared = replace(shared, batch=batch)
     check_problem(case, shared, 5, Place(DEVICE, fi.Capacity(64, 1024, 2048, 16, 64, 1024)))
+    run_forests()
     run_ops()
+
+
+def run_forests() -> None:
+    """Find prefixes, scratch in shared and in global memory; plan and attend with what is found."""
+    small = [random_step(seed, 20, 2000) for seed in range(3)]
+    large = replace(serving_step(1, 40, 16), capacity=LARGE)
+    for step in (*small, large):
+        forest = PrefixForest(step.capacity, torch.device(DEVICE))
+        batch = to_device(step.batch, torch.device(DEVICE))
+        for _ in range(2):
+            forest.find(batch, current_stream())
+        found, wanted = (step.arrays(f) for f in (forest.data.cpu().numpy(), step.find_on_host()))
+        for name, array in wanted.items():
+            assert array.tobytes() == found[name].tobytes(), f"{step.name}: {name}"
+    trees = (Tree((0, 1, 2, 3), 128, (Tree((0, 2), 384), Tree((1, 3), 384))),)
+    for case in FOUND:
+        place = Place(DEVICE, sharing_capacity("drafts"))
+        check_problem(case, make_shared(case, trees), 5, place)
+
+
+def current_stream() -> int:
+    """Return the handle of torch's current stream."""
+    return torch.cuda.current_stream(DEVICE).cuda_stream if DEVICE != "cpu" else 0
 
 
 def run_ops() -> None:

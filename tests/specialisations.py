@@ -10,6 +10,7 @@ from cases import Case
 from named_cases import capacity_of
 from variant_cases import VARIANTS
 
+from fi_backend.class_plans import SHARED_TILE_ROWS
 from fi_backend.jit.attention_kernels import attention_kernel, attention_spec
 from fi_backend.jit.kernels import DeviceKernel
 from fi_backend.variants import Variant
@@ -22,7 +23,12 @@ def is_plain(case: Case) -> bool:
 
 
 def kernel_of(
-    case: Case, step: str = "any", *, variant: Variant | None = None, aligned: bool = True
+    case: Case,
+    step: str = "any",
+    *,
+    variant: Variant | None = None,
+    aligned: bool = True,
+    shares: bool = False,
 ) -> DeviceKernel:
     """Return the kernel that runs a case.
 
@@ -31,23 +37,29 @@ def kernel_of(
         step: kind of step (named_cases.STEPS) of its planner.
         variant: in place of the case's own.
         aligned: whether addresses and strides are multiples of 16 bytes.
+        shares: whether the planner has room for shared prefixes.
     """
     if case.variant:
         variant, _ = VARIANTS[case.variant](case, torch.Generator())
     capacity = capacity_of(step)
+    max_q_len = capacity.longest_q_len
+    if shares:
+        max_q_len = max(max_q_len, -(-SHARED_TILE_ROWS // case.heads.group_size))
     spec = attention_spec(
         case.heads,
         case.dtype,
         case.cache_dtype,
         variant,
-        max_q_len=capacity.max_q_len or capacity.max_tokens,
+        max_q_len=max_q_len,
         max_requests=capacity.max_requests,
     )
     return attention_kernel(dataclasses.replace(spec, plain_pages=is_plain(case), aligned=aligned))
 
 
-def planned_kernels(case: Case, step: str = "any") -> Iterator[DeviceKernel]:
+def planned_kernels(
+    case: Case, step: str = "any", *, shares: bool = False
+) -> Iterator[DeviceKernel]:
     """Yield the kernels that a planner loads at once and the one that the case then runs."""
     plain = dataclasses.replace(case, table="dense", page_size=16)
-    yield kernel_of(plain, step)
-    yield kernel_of(case, step)
+    yield kernel_of(plain, step, shares=shares)
+    yield kernel_of(case, step, shares=shares)

@@ -1,7 +1,8 @@
 """Replays of one captured graph with random plans, everything enqueued and nothing waited for.
 
-Every replay is compared on the device with a run of the same step in other splits; now and then the
-host compares one with the oracle. ``python tests/stress.py mixed 1000 7`` runs by itself.
+Every replay is compared on the device with a run of the same step in other splits, in which nothing
+is shared; now and then the host compares one with the oracle. ``python tests/stress.py mixed 1000
+7`` runs by itself.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from cases import STALE
+from forest_steps import arrivals_of
 from torch import Tensor
 
 import fi_backend as fi
@@ -41,10 +43,16 @@ class Load:
     tokens: int
     max_kv_len: int
     max_q_len: int = 0  # 0: any
+    levels: int = 0  # of shared prefixes that the planner has room for
 
     @property
     def capacity(self) -> fi.Capacity:
-        return fi.Capacity(self.requests, self.tokens, self.max_kv_len, max_q_len=self.max_q_len)
+        size = fi.Capacity(self.requests, self.tokens, self.max_kv_len, max_q_len=self.max_q_len)
+        return size.with_sharing(self.levels) if self.levels else size
+
+    @property
+    def without_sharing(self) -> Load:
+        return replace(self, levels=0)
 
     def draw(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
         """Return qo_indptr [count, R + 1] and kv_len [count, R] of random steps."""
@@ -56,16 +64,33 @@ class Load:
         q_len = np.where(ones, 1, rng.integers(1, longest + 1, shape)) * live
         ends = np.minimum(q_len.cumsum(1), self.tokens)
         indptr = np.concatenate([np.zeros((count, 1), dtype=np.int64), ends], axis=1)
-        room = np.log(self.max_kv_len - longest + 1)
-        context = np.exp(rng.random(shape) * room).astype(np.int64) - 1
+        room = self.max_kv_len - longest + 1
+        context = np.exp(rng.random(shape) * np.log(room)).astype(np.int64) - 1
+        if self.levels:  # long enough to share something
+            context = rng.integers(0, room, shape)
         kv_len = (np.diff(indptr) + context) * live
         return torch.from_numpy(indptr).int(), torch.from_numpy(kv_len).int()
+
+    def draw_tables(self, seed: int) -> Tensor:
+        """Return NUM_TABLES page tables [R, pages of the longest request]; with levels, requests
+        of a table branch off each other."""
+        g = torch.Generator().manual_seed(seed)
+        columns = -(-self.max_kv_len // PAGE)
+        pages = self.requests * columns
+        ids = torch.stack([torch.randperm(pages, generator=g) for _ in range(NUM_TABLES)])
+        tables = ids.int().view(NUM_TABLES, self.requests, columns)
+        for table in tables if self.levels else ():
+            for row in range(1, self.requests):
+                other, end = (int(torch.randint(n, (), generator=g)) for n in (row, columns + 1))
+                table[row, :end] = table[other, :end]
+        return tables
 
 
 LOADS = {
     "decode": Load(48, 48, 1024, 1),
     "drafts": Load(24, 96, 1024, 4),
     "mixed": Load(12, 160, 700),
+    "shared": Load(48, 144, 1024, 4, levels=8),
 }
 
 
@@ -101,12 +126,11 @@ class Stress:
     ) -> None:
         self.load, self.device = load, torch.device(device)
         self.steps = [t.to(self.device) for t in load.draw(count, seed)]
-        g = torch.Generator().manual_seed(seed)
-        columns = -(-load.max_kv_len // PAGE)
-        pages = load.requests * columns
-        ids = torch.stack([torch.randperm(pages, generator=g) for _ in range(NUM_TABLES)])
-        self.tables = ids.int().view(NUM_TABLES, load.requests, columns).to(self.device)
+        self.tables = load.draw_tables(seed).to(self.device)
+        columns = self.tables.shape[-1]
         self.starts = torch.arange(0, columns * PAGE, PAGE, device=self.device)
+        g = torch.Generator().manual_seed(seed)
+        pages = load.requests * columns
         cache = torch.randn(2, pages, PAGE, HEADS.num_kv_heads, HEADS.head_dim_qk, generator=g)
         self.kv = fi.KvCacheView.nhd(*cache.to(self.device, torch.bfloat16))
         q = torch.randn(load.tokens, HEADS.num_qo_heads, HEADS.head_dim_qk, generator=g) * 3
@@ -118,7 +142,8 @@ class Stress:
         )
         options = {} if workspace is None else {"workspace": workspace}
         self.planner = fi.StepPlanner([LAYER_CLASS], load.capacity, self.device, **options)
-        self.other = fi.StepPlanner([LAYER_CLASS], load.capacity, self.device, num_ctas=5)
+        alone = load.without_sharing.capacity
+        self.other = fi.StepPlanner([LAYER_CLASS], alone, self.device, num_ctas=5)
         self.out, self.lse = self._outputs()
         self.other_out, self.other_lse = self._outputs()
         self.misplaced = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -174,12 +199,17 @@ class Stress:
             self.worst.copy_(torch.maximum(self.worst, difference.nan_to_num(torch.inf).max()))
         for planner in (self.planner, self.other):
             self.dirty += planner.slot(0).arrivals.count_nonzero()
+        for counter in map(arrivals_of, self.planner.forests):
+            if counter is not None:
+                self.dirty += counter.count_nonzero()
 
     def check(self) -> None:
         """Wait, and raise AssertionError if a step so far was wrong."""
         assert int(self.misplaced) == 0, f"{int(self.misplaced)} rows unwritten or overwritten"
         assert int(self.dirty) == 0, f"{int(self.dirty)} arrival counters left above zero"
         assert float(self.worst) < DISAGREEMENT, f"splits disagree by {float(self.worst):.3g}"
+        for forest in self.planner.forests:
+            assert forest.reads().saved_kv_tokens > 0, "no step shared anything"
 
     def check_last(self) -> None:
         """Hold the last step against the oracle, and against an eager run bit by bit."""

@@ -91,9 +91,10 @@ def test_streams_with_a_workspace_each(device: str) -> None:
         stress.check_last()
 
 
-def test_a_plan_inside_the_graph(device: str) -> None:
+@pytest.mark.parametrize(("name", "count"), [("mixed", 100), ("shared", 2000)])
+def test_a_plan_inside_the_graph(device: str, name: str, count: int) -> None:
     """Plan and attention in one graph; what changes between replays is the step's own tensors."""
-    stress = Stress(LOADS["mixed"], 100, 4, device)
+    stress = Stress(LOADS[name], count, 4, device)
     stress.set_step(0)
 
     def step() -> None:
@@ -101,7 +102,7 @@ def test_a_plan_inside_the_graph(device: str) -> None:
         fi.attention(stress.planner.slot(0), stress.q, stress.kv, out=stress.out, lse=stress.lse)
 
     replay = capture(step, stress.device)
-    for index in range(100):
+    for index in range(count):
         stress.set_step(index)
         stress.out.fill_(torch.nan)
         stress.lse.fill_(torch.nan)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,17 +17,17 @@ from e2e_bench import flashinfer_peers, graph_timing, impls, jit, jit_child, ker
 from e2e_bench.correctness import Reference, WrongResult
 from e2e_bench.gpu_data import Data
 from e2e_bench.graph_timing import Recorded
-from e2e_bench.impls import Fa3, NotHere, Ours, Prepared
+from e2e_bench.impls import Fa3, NotHere, Ours, Prepared, make_planner
 from e2e_bench.run_log import RunLog
 from e2e_bench.tables import IMPLS
-from e2e_bench.workloads import WORKLOADS, Workload, decode
+from e2e_bench.workloads import WORKLOADS, Prefix, Workload, decode_over, one_prefix
 from fi_backend import _core
 from fi_backend.jit.cache import default_cache
 from fi_backend.jit.nvrtc import Cubin, compile_cubin
 
 HEADS = fi.HeadShape(4, 2, 64)
 MIXED = Workload("mixed", (70, 1, 1), (90, 200, 33), HEADS)
-SHARED = decode("shared", (160,) * 3, heads=HEADS, shared=128)
+SHARED = one_prefix("shared", 448, (32,) * 3, heads=HEADS)
 BY_NAME = {workload.name: workload for workload in WORKLOADS}
 
 
@@ -81,6 +83,14 @@ def test_the_reference_accepts_our_result(workload: Workload, pool: torch.Tensor
     first = out.clone()
     prepared.call(1)
     assert not torch.equal(prepared.out, first)  # layers differ
+
+
+def test_prefixes_are_looked_for_where_a_workload_has_some() -> None:
+    cpu = torch.device("cpu")
+    assert [len(make_planner(w, cpu).forests) for w in (MIXED, SHARED)] == [0, 1]
+    assert [len(make_planner(MIXED, cpu, levels).forests) for levels in (0, 3)] == [0, 1]
+    assert make_planner(SHARED, cpu).capacity == fi.Capacity(3, 3, 480, 3, 3, 3, max_q_len=1)
+    assert not make_planner(SHARED, cpu, 0).forests
 
 
 def test_the_reference_sees_errors(pool: torch.Tensor) -> None:
@@ -156,11 +166,50 @@ def test_which_peer_runs_what() -> None:
     def served(name: str) -> set[str]:
         return {w.name for w in WORKLOADS if flashinfer_peers.why_not(name, w) is None}
 
-    assert served("flashinfer_cascade") == {"shared.64", "shared.16"}
+    assert served("flashinfer_cascade") == {n for n in BY_NAME if n.startswith("shared.")}
+    uneven = decode_over("x", (Prefix(64),), (0, 0, -1), (8,) * 3)
+    assert flashinfer_peers.why_not("flashinfer_cascade", uneven) == "prefixes of one depth only"
     assert served("flashinfer_fa2") == BY_NAME.keys()
     assert {name.split(".")[0] for name in served("flashinfer_decode")} == {"dec", "shared"}
     unserved = {w.name for w in WORKLOADS if impls.fa3_why_not(w)}
-    assert unserved == {"dec.b64.k4k.page1", "pre.b1.16k.page1"}
+    assert unserved == {"dec.b64.k4k.page1", "pre.b1.16k.page1", "shared.ragged.page1"}
+
+
+class Cascade:
+    """Stands in for FlashInfer: an output names its row, and the plan is kept."""
+
+    planned: list[Any]
+
+    def __init__(self, *arguments: object) -> None:
+        Cascade.planned = [arguments[0]]
+
+    def plan(self, *arguments: Any, **_: object) -> None:
+        Cascade.planned += arguments
+
+    def run(self, q: torch.Tensor, kv: object) -> torch.Tensor:
+        return q
+
+
+def test_a_cascade_reads_every_prefix_once_for_requests_side_by_side() -> None:
+    prefixes = (Prefix(32), Prefix(16, 0), Prefix(16, 0), Prefix(16), Prefix(48, 3))
+    tree = decode_over("tree", prefixes, (4, 1, 2, 1, 4), (5, 16, 1, 33, 20), heads=HEADS)
+    data = Data(tree, torch.zeros(tree.kv_bytes // 2).bfloat16(), layers=1)
+    package, none = SimpleNamespace(MultiLevelCascadeAttentionWrapper=Cascade), torch.empty(0)
+    prepared = flashinfer_peers._cascade(package, none, data)
+    assert torch.equal(prepared.result(), data.q)  # sorted for the wrapper, and back
+    levels, spans, indptrs, indices, last_page_lens, *_ = Cascade.planned
+    assert levels == 3
+    order = [1, 3, 2, 0, 4]
+    assert torch.equal(prepared.call(0), data.q[order])
+    assert [s.tolist() for s in spans] == [[0, 3, 5], [0, 2, 3, 5], [0, 1, 2, 3, 4, 5]]
+    assert [i.diff().tolist() for i in indptrs] == [[2, 1], [1, 1, 3], [1, 3, 1, 1, 2]]
+    assert [n.tolist() for n in last_page_lens] == [[16] * 2, [16] * 3, [16, 1, 1, 5, 4]]
+    for at, request in enumerate(order):
+        row = []
+        for span, indptr, ids in zip(spans, indptrs, indices, strict=True):
+            group = int(torch.searchsorted(span, at, right=True)) - 1
+            row += ids[indptr[group] : indptr[group + 1]].tolist()
+        assert row == data.rows[request].tolist()
 
 
 def test_peers_that_are_not_here_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +232,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected beginnings of fi_backend, fa3" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["kernels", "plan"])
+@pytest.mark.parametrize("command", ["kernels", "plan", "sharing"])
 def test_a_machine_without_a_gpu(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

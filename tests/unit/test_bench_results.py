@@ -125,6 +125,47 @@ def test_a_table_without_us() -> None:
     assert line == "| dec.a | 4.00 | **10.0** | – | – |"
 
 
+def test_limits_stand_beside_the_floor_of_shared_prefixes() -> None:
+    rows = [*ROWS[:2], Row("shared.64", "fi_backend", 58.0, 57.0, 59.0, floor_us=38.19)]
+    assert tables.kernel_table(rows).splitlines() == [
+        "| workload | floor | limit | fi_backend | FA3 | of best peer | of floor |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| dec.a | 4.00 |  | 8.00 | **10.0** | 0.80 | 2.00 |",
+        "| shared.64 | 38.2 | 60.9 | 58.0 | – | – | 1.52 |",
+    ]
+
+
+def test_limits_of_finding_prefixes() -> None:
+    names = ("detect.nothing.r256.page16", "detect.8x4k.r256.page1", "decode.r256")
+    rows = [Row(f"{name}.device", "fi_backend", 9.0, 8.0, 10.0) for name in names]
+    rows.append(Row("detect.8x4k.r256.page1.forest", "fi_backend", 9.0, 8.0, 10.0))
+    time = "9.00 µs (8.00 µs – 10.0 µs)"
+    assert tables.time_table(rows).splitlines() == [
+        "|  | fi_backend | limit |",
+        "| --- | --- | --- |",
+        f"| detect.nothing.r256.page16.device | {time} | 12.0 µs |",
+        f"| detect.8x4k.r256.page1.device | {time} | 20.0 µs |",
+        f"| decode.r256.device | {time} |  |",
+        f"| detect.8x4k.r256.page1.forest | {time} |  |",
+    ]
+
+
+def test_sharing_table() -> None:
+    rows = [
+        Row("nothing.a.step", "fi_backend", 101.0, 100.0, 102.0),
+        Row("nothing.a.step", "fi_backend_no_sharing", 100.0, 99.0, 101.0),
+        Row("shared.n4.step", "fi_backend", 9.0, 8.0, 10.0),
+    ]
+    assert tables.sharing_table(rows).splitlines() == [
+        "|  | looked for | not | of not looking | limit |",
+        "| --- | --- | --- | --- | --- |",
+        "| nothing.a.step | 101 µs (100 µs – 102 µs) | 100 µs (99.0 µs – 101 µs) | 1.010 | 1.02 |",
+        "| shared.n4.step | 9.00 µs (8.00 µs – 10.0 µs) | – | – |  |",
+    ]
+    text = documents.section(Path("sharing-h200.json"), header(), rows)
+    assert tables.sharing_table(rows) in text
+
+
 def test_time_table() -> None:
     rows = [Row("a", "fi_backend", 0.41, 0.4, 0.5), Row("b", "fa3", 21e3, 9e3, 2e6)]
     assert tables.time_table(rows).splitlines() == [
@@ -168,7 +209,7 @@ def test_section_of_a_kernel_run() -> None:
 
 def test_the_document_has_a_place_for_every_result() -> None:
     places = {match["name"] for match in documents.MARKER.finditer(documents.DOCUMENT.read_text())}
-    assert places == {"cpu", "kernels-h200", "plan-h200", "ops-h200", "jit-h200"}
+    assert places == {f"{n}-h200" for n in ("kernels", "plan", "sharing", "ops", "jit")} | {"cpu"}
 
 
 def test_the_document_shows_the_committed_results() -> None:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from forest_steps import CHECKPOINT
 
 import fi_backend as fi
 from e2e_bench import plan
 from e2e_bench.correctness import MAX_PIECES, PIECE_ROWS, Piece, pieces
-from e2e_bench.gpu_data import ROTATION_BYTES, Data, make_csr, num_layers, page_rows
-from e2e_bench.workloads import WORKLOADS, Workload, decode, uniform, zipf
+from e2e_bench.gpu_data import ROTATION_BYTES, Data, make_batch, make_csr, num_layers, page_rows
+from e2e_bench.impls import make_planner
+from e2e_bench.workloads import (
+    WORKLOADS,
+    Prefix,
+    Workload,
+    decode_over,
+    one_prefix,
+    samples,
+    uniform,
+    zipf,
+)
 
 BY_NAME = {workload.name: workload for workload in WORKLOADS}
 # Floors in µs of the runs whose figures are to be compared with.
@@ -20,9 +33,21 @@ FLOORS = {
     "pre.b1.4k": 173, "pre.b1.16k": 2773, "pre.b1.16k.page1": 2773, "pre.b16.1k": 173,
     "pre.b8.zipf": 531, "pre.d64": 693, "pre.d256": 693, "pre.chunk": 1343, "mix.chunk1k": 270,
     "mix.chunk512": 264, "spec.q4": 122, "spec.q8": 123, "shared.64": 38, "shared.16": 34,
+    "shared.8x16": 91.6, "shared.tree3": 62.9, "shared.n4": 4.6, "shared.n16": 8.3,
+    "shared.n64": 22.3, "shared.ragged.page1": 42.6,
 }  # fmt: skip
 HEADS = fi.HeadShape(4, 2, 32)
 PAIR = Workload("pair", (5, 1), (21, 40), HEADS, page=8)
+# 0 goes on with 1 or with 2, one request has 3, one nothing.
+TREE = decode_over(
+    "tree",
+    (Prefix(16), Prefix(8, 0), Prefix(16, 0), Prefix(24)),
+    (1, 3, 2, -1, 1, 0),
+    (5, 1, 8, 20, 9, 3),
+    heads=HEADS,
+    page=8,
+)
+SHARED = [workload for workload in WORKLOADS if workload.prefixes]
 
 
 def test_every_workload_has_a_floor_and_a_name_of_its_own() -> None:
@@ -46,10 +71,60 @@ def test_bytes_and_operations_of_a_small_workload() -> None:
 
 
 def test_shared_tokens_count_once() -> None:
-    shared = decode("shared", (40,) * 3, heads=HEADS, page=8, shared=32)
+    shared = one_prefix("shared", 32, (8,) * 3, heads=HEADS, page=8)
+    assert shared.kv_lens == (40,) * 3
     assert shared.num_pages == 4 + 3
     assert shared.num_bytes == ((32 + 3 * 8) * 2 + 3 * 4) * 64 * 2
     assert shared.flops == 3 * 40 * 2 * 4 * 64
+
+
+def test_a_tree_counts_every_prefix_once() -> None:
+    assert [TREE.path(r) for r in range(6)] == [(0, 1), (3,), (0, 2), (), (0, 1), (0,)]
+    assert TREE.kv_lens == (16 + 8 + 5, 24 + 1, 16 + 16 + 8, 20, 16 + 8 + 9, 16 + 3)
+    assert TREE.own_lens == (5, 1, 8, 20, 9, 3)
+    assert TREE.levels == 2
+    assert TREE.page_counts == (2, 1, 2, 3, 1, 1, 1, 3, 2, 1)
+    assert TREE.num_kv_tokens == 16 + 8 + 16 + 24 + 46
+    assert PAIR.levels == 0
+
+
+def test_samples_share_the_whole_pages_of_their_prompt() -> None:
+    whole, torn = (samples("n", prompt, (7, 30)) for prompt in (64, 70))
+    assert (whole.prefixes, whole.own_lens, whole.kv_lens) == ((Prefix(64),), (7, 30), (71, 94))
+    assert (torn.prefixes, torn.own_lens, torn.kv_lens) == ((Prefix(64),), (13, 36), (77, 100))
+
+
+@pytest.mark.parametrize(
+    ("name", "requests", "tokens"),
+    [
+        ("shared.8x16", 128, 8 * 4096 + 128 * 512),
+        ("shared.tree3", 64, 2048 + 8 * 4096 + 16 * 1024 + 64 * 256),
+        ("shared.n16", 16, 4096 + sum(BY_NAME["shared.n16"].own_lens)),
+        ("shared.ragged.page1", 64, 13_074 + sum(BY_NAME["shared.ragged.page1"].own_lens)),
+    ],
+)
+def test_trees_of_the_benchmark(name: str, requests: int, tokens: int) -> None:
+    workload = BY_NAME[name]
+    assert (len(workload.kv_lens), workload.num_kv_tokens) == (requests, tokens)
+    tree = BY_NAME["shared.tree3"]
+    assert [tree.path(r) for r in (0, 1, 8, 16)] == [(0, 1, 9), (0, 2, 10), (0, 1, 17), (0, 1, 9)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prefixes": (Prefix(12),)},  # no whole pages
+        {"prefixes": (Prefix(16, 0),)},  # its own parent
+        {"prefixes": (Prefix(16), Prefix(8))},  # of no request
+        {"prefixes": (Prefix(40),)},  # nothing left for the query token
+        {"prefixes": (Prefix(16),), "last_prefix": (0,)},
+    ],
+    ids=str,
+)
+def test_wrong_trees_are_refused(change: dict[str, Any]) -> None:
+    options = {"last_prefix": (0, 0)} | change
+    with pytest.raises(AssertionError):
+        Workload("wrong", (1, 1), (40, 40), page=8, **options)
 
 
 def test_drawn_lengths() -> None:
@@ -65,13 +140,38 @@ def test_drawn_lengths() -> None:
     assert sum(BY_NAME["pre.b8.zipf"].q_lens) == 8 * 2048
 
 
-def test_every_page_has_one_owner_or_all() -> None:
-    shared = decode("shared", (40, 48, 33), heads=HEADS, page=8, shared=32)
-    rows = page_rows(shared)
-    assert [len(row) for row in rows] == [5, 6, 5]
-    assert all(torch.equal(row[:4], rows[0][:4]) for row in rows)
-    own = torch.cat([row[4:] for row in rows])
-    assert sorted([*rows[0][:4].tolist(), *own.tolist()]) == list(range(shared.num_pages))
+@pytest.mark.parametrize("workload", [TREE, *SHARED, PAIR], ids=lambda w: w.name)
+def test_every_page_has_one_owner_or_one_prefix(workload: Workload) -> None:
+    rows = page_rows(workload)
+    assert [len(row) for row in rows] == [-(-kv // workload.page) for kv in workload.kv_lens]
+    of_prefix: dict[int, list[int]] = {}
+    own: list[int] = []
+    for request, row in enumerate(rows):
+        begin = 0
+        for prefix in workload.path(request):
+            end = begin + workload.page_counts[prefix]
+            assert of_prefix.setdefault(prefix, row[begin:end].tolist()) == row[begin:end].tolist()
+            begin = end
+        own += row[begin:].tolist()
+    pages = [*own, *(page for pages in of_prefix.values() for page in pages)]
+    assert sorted(pages) == list(range(workload.num_pages))
+
+
+@pytest.mark.parametrize("workload", SHARED, ids=lambda w: w.name)
+def test_the_planner_finds_every_prefix(workload: Workload) -> None:
+    planner = make_planner(workload, torch.device("cpu"))
+    planner.plan(make_batch(workload, page_rows(workload), torch.device("cpu")))
+    assert planner.status == 0
+    saved = 0
+    for prefix in range(len(workload.prefixes)):
+        paths = [workload.path(r) for r in range(len(workload.kv_lens))]
+        chains = [path[: path.index(prefix) + 1] for path in paths if prefix in path]
+        end = sum(workload.prefixes[p].tokens for p in chains[0])
+        begin = end - workload.prefixes[prefix].tokens
+        saved += (len(chains) - 1) * (end // CHECKPOINT - begin // CHECKPOINT) * CHECKPOINT
+    (forest,) = planner.forests
+    assert forest.reads() == (sum(workload.kv_lens), saved)
+    assert int(planner.slot(0).arrays()["header"]["num_nodes"]) == len(workload.prefixes)  # type: ignore[index]
 
 
 def test_csr() -> None:
