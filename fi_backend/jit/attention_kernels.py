@@ -16,8 +16,8 @@ from fi_backend.variants.source_text import device_structs, device_variant
 
 ENTRY = "fi_attention"
 MAX_VARIANT_PARAMS = 16  # kMaxVariantParams of kernel_params.h
-_ELEMENTS = {torch.bfloat16: ("__nv_bfloat16", "bf16"), torch.float16: ("__half", "fp16")}
-_KV_ELEMENTS = {**_ELEMENTS, torch.float8_e4m3fn: ("__nv_fp8_e4m3", "fp8")}
+_ELEMENTS = {torch.bfloat16: ("BFloat16", "bf16"), torch.float16: ("Float16", "fp16")}
+_KV_ELEMENTS = {**_ELEMENTS, torch.float8_e4m3fn: ("Float8E4M3", "fp8")}
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def test_the_text_of_plain_attention() -> None:
         "fi_attention(const __grid_constant__ fi::KernelParams p) {\n"
         "  using namespace fi;\n"
         "  using namespace fi::sm80;\n"
-        "  run<Shape<__nv_bfloat16, __nv_bfloat16, 128, 128, 4, true, true>,\n"
+        "  run<Shape<BFloat16, BFloat16, 128, 128, 4, true, true>,\n"
         "      Variant<true, Functions<>, Functions<>, Functions<>>,\n"
         "      Tile<16, 64, 2, 4>,\n"
         "      Tile<64, 64, 2, 4>>(p);\n"
@@ -51,7 +51,7 @@ def test_every_choice_is_in_the_text_and_the_title() -> None:
         AttentionSpec(192, 128, torch.float16, torch.float8_e4m3fn, 16, shipped.soft_cap(30.0),
                       ((16, 64, 3),), 4, 1, False, False)
     )  # fmt: skip
-    assert "Shape<__half, __nv_fp8_e4m3, 192, 128, 16, false, false>" in kernel.source
+    assert "Shape<Float16, Float8E4M3, 192, 128, 16, false, false>" in kernel.source
     assert "__launch_bounds__(128, 1)" in kernel.source
     assert "Tile<16, 64, 3, 4>>(p)" in kernel.source
     expected = "attention d192/128 g16 fp16 kv fp8 16x64 soft_cap any-table unaligned"

@@ -13,19 +13,15 @@ struct FinalRow {
   float lse_log2;
 };
 
-// Applies the sink once: it takes probability but contributes no value.
-__device__ inline FinalRow with_sink(const KernelParams& p, int q_head, float lse_log2) {
-  if (!p.sinks || p.is_partial) return {1.0f, lse_log2};
-  const float sink_log2 = p.sinks[q_head] * kLog2E;
+// Applies the sink once: it takes probability but contributes no value. sinks null: there is none.
+__device__ inline FinalRow with_sink(const float* sinks, int q_head, float lse_log2) {
+  if (!sinks) return {1.0f, lse_log2};
+  const float sink_log2 = sinks[q_head] * kLog2E;
   const float top = fmaxf(lse_log2, sink_log2);
   if (top == neg_infinity()) return {0.0f, top};
   const float own = exp2_approx(lse_log2 - top);
   const float sum = own + exp2_approx(sink_log2 - top);
   return {own * reciprocal(sum), top + log2_approx(sum)};
-}
-
-__device__ inline void write_lse(const KernelParams& p, int token, int q_head, float lse_log2) {
-  if (p.lse) p.lse[static_cast<int64_t>(token) * p.num_qo_heads + q_head] = lse_log2 * kLn2;
 }
 
 // Adds an arrival to a merge unit; true for the arrival that completes it, which resets the counter
@@ -42,17 +38,17 @@ __device__ inline bool arrive(int32_t* counter, int32_t expected) {
   return true;
 }
 
-// Running merge of one row's states, of kQuads times four components by one lane. States come in
-// batches: a batch is rescaled once, and its exponentials do not wait for each other. The order is
-// fixed, so bits are equal on every run.
-template <bool kSoftmax, int kQuads>
+// Running merge of one row's states, of at most kMaxQuads times four components by one lane. States
+// come in batches: a batch is rescaled once, and its exponentials do not wait for each other. The
+// order is fixed, so bits are equal on every run.
+template <bool kSoftmax, int kMaxQuads>
 struct RowMerge {
   float top = neg_infinity();
   float sum = 0.0f;
-  float4 total[kQuads] = {};
+  float4 total[kMaxQuads] = {};
 
   // The first `count` of kBatch states.
-  template <int kBatch>
+  template <int kBatch, int kQuads>
   __device__ void add(float (&lse_log2)[kBatch], const float4 (&o)[kBatch][kQuads], int count) {
     float keep = 1.0f;
     if constexpr (kSoftmax) {
@@ -76,13 +72,26 @@ struct RowMerge {
     for (int q = 0; q < kQuads; ++q) {
       float4& t = total[q];
       t = {t.x * keep, t.y * keep, t.z * keep, t.w * keep};
+    }
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (i >= count) continue;
-        const float w = kSoftmax ? lse_log2[i] : 1.0f;
+    for (int i = 0; i < kBatch; ++i) {
+      if (i >= count) break;
+      const float w = kSoftmax ? lse_log2[i] : 1.0f;
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        float4& t = total[q];
         t = {t.x + w * o[i][q].x, t.y + w * o[i][q].y, t.z + w * o[i][q].z, t.w + w * o[i][q].w};
       }
     }
+  }
+
+  // Becomes a merge of fewer components.
+  template <int kQuads>
+  __device__ void take(const RowMerge<kSoftmax, kQuads>& other) {
+    top = other.top;
+    sum = other.sum;
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) total[q] = other.total[q];
   }
 
   __device__ float inverse_sum() const {

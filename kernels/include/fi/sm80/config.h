@@ -24,7 +24,7 @@ struct Tile {
   static_assert(kRows % 16 == 0 && kWarpCols % 16 == 0);
 };
 
-// Element: of q and out. KvElement: of the cache, Element or __nv_fp8_e4m3.
+// Element: of q and out. KvElement: of the cache, Element or Float8E4M3.
 template <class Element_, class KvElement_, int kHeadDimQk_, int kHeadDimVo_, int kGroupSize_,
           bool kPlainPages_, bool kAligned_>
 struct Shape {

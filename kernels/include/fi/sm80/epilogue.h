@@ -21,55 +21,81 @@ __device__ inline void store_elements(typename S::Element* to, const float (&x)[
   }
 }
 
-// The last step of a row: sinks, v scale, the variant's output functions, memory.
-template <class S, class V>
-class RowWriter {
- public:
-  __device__ RowWriter(const KernelParams& p, const VariantRow& row, int kv_head, float lse_log2,
-                       float inverse_sum)
-      : p_(p), row_(row), kv_head_(kv_head) {
-    final_ = V::kSoftmax ? with_sink(p, row.q_head, lse_log2) : FinalRow{1.0f, 0.0f};
-    factor_ = inverse_sum * final_.weight * scale_of(p.v_scale, kv_head);
-    at_ = row.token * p.out_stride_token + row.q_head * p.out_stride_head;
-  }
-
-  __device__ void write_lse() const {
-    if constexpr (V::kSoftmax) fi::write_lse(p_, row_.token, row_.q_head, final_.lse_log2);
-  }
-
-  // Components d, d + 1, ... of the row's o become those of the output.
-  template <int kCount>
-  __device__ void finish(int d, float (&x)[kCount]) const {
+// The same in fp32. Rows of an fp32 `out` are aligned where the kernel is.
+template <bool kAligned, int kCount>
+__device__ inline void store_floats(float* to, const float (&x)[kCount]) {
+  if constexpr (!kAligned) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      x[i] *= factor_;
-      if constexpr (V::Outputs::kCount > 0) {
-        if (!p_.is_partial) {
-          x[i] = apply_all(typename V::Outputs{}, p_, row_, kv_head_, d + i, x[i]);
-        }
+    for (int i = 0; i < kCount; ++i) to[i] = x[i];
+  } else if constexpr (kCount == 4) {
+    *reinterpret_cast<float4*>(to) = {x[0], x[1], x[2], x[3]};
+  } else {
+    *reinterpret_cast<float2*>(to) = {x[0], x[1]};
+  }
+}
+
+// A row's state, its sum gathered from those who hold parts of it.
+struct RowSum {
+  float inverse, lse_log2;
+};
+
+// Where an item's rows go: to a partial state, or to the output by way of sinks, v scale and the
+// variant's output functions. A partial state takes the same way, its factors 1: code for either
+// would double what a tile class compiles to.
+template <class S, class V>
+class RowTarget {
+ public:
+  // partial_row: of the first row; negative: the output.
+  __device__ RowTarget(const KernelParams& p, int kv_head, int partial_row)
+      : p_(p), kv_head_(kv_head), partial_row_(partial_row) {
+    sinks_ = is_state() || p.is_partial ? nullptr : p.sinks;
+    v_scale_ = is_state() ? 1.0f : scale_of(p.v_scale, kv_head);
+    lse_ = is_state() ? p.partial_lse + partial_row : p.lse;
+    lse_unit_ = is_state() ? 1.0f : kLn2;
+  }
+
+  __device__ bool is_float32() const { return is_state() || p_.out_is_float32; }
+
+  // Writes the lse of row `row`, who is `who`, if asked; returns the factor of its components.
+  __device__ float finish_row(int row, const VariantRow& who, RowSum sum, bool writes_lse) const {
+    if constexpr (!V::kSoftmax) return sum.inverse * v_scale_;
+    const FinalRow final = with_sink(sinks_, who.q_head, sum.lse_log2);
+    const int64_t at = static_cast<int64_t>(who.token) * p_.num_qo_heads + who.q_head;
+    if (writes_lse && lse_) lse_[is_state() ? row : at] = final.lse_log2 * lse_unit_;
+    return sum.inverse * final.weight * v_scale_;
+  }
+
+  // Component d of a row, multiplied by its factor, through the output functions.
+  __device__ float finish(const VariantRow& who, int d, float x) const {
+    if constexpr (V::Outputs::kCount > 0) {
+      if (!is_state() && !p_.is_partial) {
+        return apply_all(typename V::Outputs{}, p_, who, kv_head_, d, x);
       }
     }
+    return x;
   }
 
-  // Finished components to memory.
-  template <int kCount>
-  __device__ void store(int d, const float (&x)[kCount]) const {
-    if (p_.out_is_float32) {
-      float* out = static_cast<float*>(p_.out) + at_ + d;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) out[i] = x[i];
-    } else {
-      store_elements<S>(static_cast<typename S::Element*>(p_.out) + at_ + d, x);
-    }
+  // Where finished components go.
+  __device__ float* float_row(int row, const VariantRow& who) const {
+    if (!is_state()) return static_cast<float*>(p_.out) + at(who);
+    return p_.partial_o + (static_cast<int64_t>(partial_row_) + row) * S::kHeadDimVo;
+  }
+  __device__ typename S::Element* element_row(const VariantRow& who) const {
+    return static_cast<typename S::Element*>(p_.out) + at(who);
   }
 
  private:
+  __device__ bool is_state() const { return partial_row_ >= 0; }
+  __device__ int64_t at(const VariantRow& who) const {
+    return who.token * p_.out_stride_token + who.q_head * p_.out_stride_head;
+  }
+
   const KernelParams& p_;
-  const VariantRow& row_;
-  int kv_head_;
-  FinalRow final_;
-  float factor_;
-  int64_t at_;
+  int kv_head_, partial_row_;
+  const float* sinks_;
+  float v_scale_;
+  float* lse_;
+  float lse_unit_;  // of a state base 2, of the output natural
 };
 
 // Consecutive components of a row that a lane holds: pairs, and fours with an fp8 cache
@@ -96,25 +122,26 @@ __device__ inline void for_each_run(const float (&o)[S::kHeadDimVo / 8][4], int 
   }
 }
 
-template <int kCount>
-__device__ inline void store_floats(float* to, const float (&x)[kCount]) {
-  if constexpr (kCount == 4) {
-    *reinterpret_cast<float4*>(to) = {x[0], x[1], x[2], x[3]};
-  } else {
-    *reinterpret_cast<float2*>(to) = {x[0], x[1]};
+// Calls visit(b, half, row) for every row that this lane holds a part of.
+template <class T, class Visit>
+__device__ inline void for_each_row(int first_row, Visit visit) {
+  const int lane = ptx::thread_index() % 32;
+#pragma unroll
+  for (int b = 0; b < T::kRowBlocks; ++b) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) visit(b, half, first_row + b * 16 + half * 8 + lane / 4);
   }
 }
 
-// A row's state as its lanes hold it, the row's sum gathered from them.
-struct RowSum {
-  float inverse, lse_log2;
-};
+// A row's sum over the four lanes that hold it.
+__device__ inline float sum_of_lanes(float row_sum) {
+  row_sum += __shfl_xor_sync(0xffffffff, row_sum, 1);
+  return row_sum + __shfl_xor_sync(0xffffffff, row_sum, 2);
+}
 
 template <class V>
-__device__ inline RowSum finish_row(float row_max, float row_sum) {
+__device__ inline RowSum finish_sum(float row_max, float row_sum) {
   if constexpr (!V::kSoftmax) return {1.0f, 0.0f};
-  row_sum += __shfl_xor_sync(0xffffffff, row_sum, 1);
-  row_sum += __shfl_xor_sync(0xffffffff, row_sum, 2);
   if (row_sum == 0.0f) return {0.0f, neg_infinity()};
   return {reciprocal(row_sum), row_max + log2_approx(row_sum)};  // NaN stays NaN
 }
@@ -130,83 +157,82 @@ template <class S, class T>
 __device__ inline void copy_rows(const KernelParams& p, const VariantRow* rows, int first_row,
                                  int num_rows, const char* smem_q) {
   constexpr int kChunks = S::kHeadDimVo / 8;
-  constexpr int kCount = T::kRowBlocks * 16 * kChunks;
   __syncwarp();
-#pragma unroll 8
-  for (int i = ptx::thread_index() % 32; i < kCount; i += 32) {
-    const int row = first_row + i / kChunks, chunk = i % kChunks;
+  const int lane = ptx::thread_index() % 32;
+  for_each_part<T::kRowBlocks * 16, kChunks, 32, 8>(lane, [&](int r, int chunk) {
+    const int row = first_row + r;
     auto* out = static_cast<typename S::Element*>(p.out) + rows[row].token * p.out_stride_token +
                 rows[row].q_head * p.out_stride_head;
     const uint4 x = reinterpret_cast<const uint4*>(smem_q + row * kShared<S, T>.pitch_q)[chunk];
     if (row < num_rows) reinterpret_cast<uint4*>(out)[chunk] = x;
-  }
+  });
 }
 
-// A partial state: o to `o`, whose rows are `pitch` floats apart, lse_log2 to `lse`.
+// The factors of this lane's rows. Four lanes hold parts of the same two or four rows: each works
+// out one of them, for all.
 template <class S, class V, class T>
-__device__ inline void write_state(int first_row, int num_rows, const WarpState<S, T>& state,
-                                   float* o, int pitch, float* lse) {
-  const int lane = ptx::thread_index() % 32;
-#pragma unroll
-  for (int b = 0; b < T::kRowBlocks; ++b) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first_row + b * 16 + half * 8 + lane / 4;
-      const RowSum done = finish_row<V>(state.row_max[b][half], state.row_sum[b][half]);
-      if (row >= num_rows) continue;
-      if (V::kSoftmax && lane % 4 == 0) lse[row] = done.lse_log2;
-      for_each_run<S>(state.o[b], half, [&](int d, float (&x)[kRun<S>]) {
-        for (float& value : x) value *= done.inverse;
-        store_floats(o + row * pitch + d, x);
-      });
-    }
-  }
+__device__ inline void finish_rows(const RowTarget<S, V>& target, const VariantRow* rows,
+                                   int first_row, int num_rows, const WarpState<S, T>& state,
+                                   float (&factors)[T::kRowBlocks][2]) {
+  const int lane = ptx::thread_index() % 32, mine = lane % (T::kRowBlocks * 2);
+  static_assert(T::kRowBlocks <= 2);
+  float row_max = 0.0f, row_sum = 1.0f;
+  int my_row = 0;
+  for_each_row<T>(first_row, [&](int b, int half, int row) {
+    const float max = state.row_max[b][half], sum = sum_of_lanes(state.row_sum[b][half]);
+    const bool is_mine = mine == b * 2 + half;
+    row_max = is_mine ? max : row_max;
+    row_sum = is_mine ? sum : row_sum;
+    my_row = is_mine ? row : my_row;
+  });
+  const bool writes_lse = lane % 4 == mine && my_row < num_rows;
+  const RowSum sum = finish_sum<V>(row_max, row_sum);
+  const float factor = target.finish_row(my_row, rows[my_row], sum, writes_lse);
+  for_each_row<T>(first_row, [&](int b, int half, int) {
+    factors[b][half] = __shfl_sync(0xffffffff, factor, lane / 4 * 4 + b * 2 + half);
+  });
 }
 
-// Final output of whole rows; kStaged: through the place of their queries. Rows past num_rows are
-// worked out too, as those of row 0: without branches the rows of a lane overlap.
-template <bool kStaged, class S, class V, class T>
-__device__ inline void write_output(const KernelParams& p, const WorkItem& item,
-                                    const VariantRow* rows, int first_row, char* smem_q,
-                                    const WarpState<S, T>& state) {
-  const int lane = ptx::thread_index() % 32;
-#pragma unroll
-  for (int b = 0; b < T::kRowBlocks; ++b) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first_row + b * 16 + half * 8 + lane / 4;
-      const RowSum done = finish_row<V>(state.row_max[b][half], state.row_sum[b][half]);
-      const RowWriter<S, V> writer(p, rows[row], item.kv_head, done.lse_log2, done.inverse);
-      const bool exists = row < item.num_rows;
-      if (exists && lane % 4 == 0) writer.write_lse();
-      auto* to = reinterpret_cast<typename S::Element*>(smem_q + row * kShared<S, T>.pitch_q);
-      for_each_run<S>(state.o[b], half, [&](int d, float (&x)[kRun<S>]) {
-        writer.finish(d, x);
-        if constexpr (kStaged) {
-          store_elements<S>(to + d, x);
-        } else {
-          if (exists) writer.store(d, x);
-        }
-      });
-    }
-  }
-  if constexpr (kStaged) copy_rows<S, T>(p, rows, first_row, item.num_rows, smem_q);
-}
-
-// Warps that split rows only: each holds whole rows in registers.
+// Warps that split rows only: each holds whole rows in registers. Rows past num_rows are worked out
+// too, as those of row 0: without branches the rows of a lane overlap.
 template <class S, class V, class T>
 __device__ inline void write_rows(const KernelParams& p, const WorkItem& item,
                                   const VariantRow* rows, int first_row, char* smem_q,
-                                  const WarpState<S, T>& state) {
-  if (item.partial_row >= 0) {
-    const int64_t at = item.partial_row;
-    write_state<S, V, T>(first_row, item.num_rows, state, p.partial_o + at * S::kHeadDimVo,
-                         S::kHeadDimVo, p.partial_lse + at);
-  } else if (kStagesRows<S> && !p.out_is_float32) {
-    write_output<kStagesRows<S>, S, V, T>(p, item, rows, first_row, smem_q, state);
-  } else {
-    write_output<false, S, V, T>(p, item, rows, first_row, smem_q, state);
+                                  WarpState<S, T>& state) {
+  const RowTarget<S, V> target(p, item.kv_head, item.partial_row);
+  const int lane = ptx::thread_index() % 4, num_rows = item.num_rows;
+  float factors[T::kRowBlocks][2];
+  finish_rows<S, V, T>(target, rows, first_row, num_rows, state, factors);
+  for_each_row<T>(first_row, [&](int b, int half, int row) {
+#pragma unroll
+    for (int n = 0; n < S::kHeadDimVo / 8; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float& x = state.o[b][n][half * 2 + c];
+        const int d = S::kFp8 ? n / 2 * 16 + lane * 4 + c * 2 + n % 2 : n * 8 + lane * 2 + c;
+        x = target.finish(rows[row], d, x * factors[b][half]);
+      }
+    }
+  });
+  if (target.is_float32()) {
+    for_each_row<T>(first_row, [&](int b, int half, int row) {
+      if (row >= num_rows) return;
+      float* to = target.float_row(row, rows[row]);
+      for_each_run<S>(state.o[b], half, [&](int d, const float (&x)[kRun<S>]) {
+        store_floats<S::kAligned>(to + d, x);
+      });
+    });
+    return;
   }
+  for_each_row<T>(first_row, [&](int b, int half, int row) {
+    if (!kStagesRows<S> && row >= num_rows) return;
+    using Element = typename S::Element;
+    Element* to = kStagesRows<S> ? reinterpret_cast<Element*>(smem_q + row * kShared<S, T>.pitch_q)
+                                 : target.element_row(rows[row]);
+    for_each_run<S>(state.o[b], half,
+                    [&](int d, const float (&x)[kRun<S>]) { store_elements<S>(to + d, x); });
+  });
+  if constexpr (kStagesRows<S>) copy_rows<S, T>(p, rows, first_row, num_rows, smem_q);
 }
 
 // Lanes that share a row where each takes kQuads times four of its components: those that lie
@@ -214,61 +240,85 @@ __device__ inline void write_rows(const KernelParams& p, const WorkItem& item,
 template <class S, int kQuads>
 constexpr int kLanesOfRow = (S::kHeadDimVo / 4 + kQuads - 1) / kQuads;
 
-// The final output of a lane's part of a row.
-template <class S, class V, int kQuads>
-__device__ inline void write_merged(const KernelParams& p, const VariantRow& row, int kv_head,
-                                    int lane, const RowMerge<V::kSoftmax, kQuads>& merge) {
-  const RowWriter<S, V> writer(p, row, kv_head, merge.lse_log2(), merge.inverse_sum());
-  if (lane == 0) writer.write_lse();
+// A thread's part of the rows of a merge. How many quads a lane takes is not known to the compiler:
+// what follows the sums is then compiled once.
+struct RowShare {
+  int quads, lanes, lane;  // lanes of a row
+  int row, rows_at_once;   // the thread's first row; how many the CTA takes at once
+};
+
+template <class S, int kThreads, int kQuads>
+__device__ inline RowShare share_rows() {
+  constexpr int kLanes = kLanesOfRow<S, kQuads>, kRowsAtOnce = kThreads / kLanes;
+  const int thread = static_cast<int>(ptx::thread_index());
+  const bool is_spare = kThreads % kLanes != 0 && thread >= kRowsAtOnce * kLanes;
+  return {kQuads, kLanes, thread % kLanes, is_spare ? 1 << 30 : thread / kLanes, kRowsAtOnce};
+}
+
+// Few rows: all lanes on one pass. More: a row's weights once for several components.
+template <class S, int kThreads>
+__device__ inline bool are_few(int num_rows) {
+  return num_rows * (S::kHeadDimVo / 4) <= kThreads;
+}
+
+// Calls visit(d, x) for every four components of a row that this lane holds.
+template <class S, int kMaxQuads, class Visit>
+__device__ inline void for_each_quad(const float4 (&o)[kMaxQuads], const RowShare& share,
+                                     Visit visit) {
 #pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    const int d = (lane + q * kLanesOfRow<S, kQuads>)*4;
-    if (S::kHeadDimVo / 4 % kQuads != 0 && d >= S::kHeadDimVo) continue;
-    float x[4] = {merge.total[q].x, merge.total[q].y, merge.total[q].z, merge.total[q].w};
-    writer.finish(d, x);
-    writer.store(d, x);
+  for (int q = 0; q < kMaxQuads; ++q) {
+    if ((q == 1 || q == 4) && q == share.quads) break;
+    const int d = (share.lane + q * share.lanes) * 4;
+    if (S::kHeadDimVo / 4 % kMaxQuads != 0 && d >= S::kHeadDimVo) break;
+    const float x[4] = {o[q].x, o[q].y, o[q].z, o[q].w};
+    visit(d, x);
   }
 }
 
-// The states of warps that split the KV tokens, rows of which lie kPitch floats apart in shared
-// memory, [kWarpsN][kRows]: to one state, or the output.
-template <class S, class V, class T, int kQuads, int kPitch>
-__device__ inline void merge_shared(const KernelParams& p, const WorkItem& item,
-                                    const VariantRow* rows, const float* o, const float* lses) {
-  constexpr int kLanes = kLanesOfRow<S, kQuads>;
-  const int lane = ptx::thread_index() % kLanes;
-  for (int row = ptx::thread_index() / kLanes; row < item.num_rows; row += T::kThreads / kLanes) {
-    if (T::kThreads % kLanes != 0 && ptx::thread_index() >= T::kThreads / kLanes * kLanes) return;
-    RowMerge<V::kSoftmax, kQuads> merge;
-    float lse[T::kWarpsN];
-    float4 states[T::kWarpsN][kQuads];
+// A lane's part of a merged row.
+template <class S, class V, int kMaxQuads>
+__device__ inline void write_merged(const RowTarget<S, V>& target, int row, const VariantRow& who,
+                                    const RowShare& share,
+                                    RowMerge<V::kSoftmax, kMaxQuads>& merge) {
+  const RowSum sum = {merge.inverse_sum(), merge.lse_log2()};
+  const float factor = target.finish_row(row, who, sum, share.lane == 0);
 #pragma unroll
-    for (int w = 0; w < T::kWarpsN; ++w) {
-      lse[w] = lses[w * T::kRows + row];
+  for (int q = 0; q < kMaxQuads; ++q) {
+    float4& o = merge.total[q];
+    const int d = (share.lane + q * share.lanes) * 4;
+    if (V::Outputs::kCount > 0 && d >= S::kHeadDimVo) break;  // a function may read at d
+    o = {target.finish(who, d, o.x * factor), target.finish(who, d + 1, o.y * factor),
+         target.finish(who, d + 2, o.z * factor), target.finish(who, d + 3, o.w * factor)};
+  }
+  if (target.is_float32()) {
+    float* to = target.float_row(row, who);
+    for_each_quad<S>(merge.total, share,
+                     [&](int d, const float (&x)[4]) { store_floats<S::kAligned>(to + d, x); });
+  } else {
+    auto* to = target.element_row(who);
+    for_each_quad<S>(merge.total, share,
+                     [&](int d, const float (&x)[4]) { store_elements<S>(to + d, x); });
+  }
+}
+
+// Adds the states of a row that warps left in shared memory, rows kPitch floats apart,
+// [kWarpsN][kRows].
+template <class S, class T, int kQuads, int kPitch, bool kSoftmax, int kMaxQuads>
+__device__ inline void add_warps(const float* o, const float* lses, int row, int lane,
+                                 RowMerge<kSoftmax, kMaxQuads>& merge) {
+  float lse[T::kWarpsN];
+  float4 states[T::kWarpsN][kQuads];
 #pragma unroll
-      for (int q = 0; q < kQuads; ++q) {
-        const int quad = min_i32(lane + q * kLanes, S::kHeadDimVo / 4 - 1);
-        states[w][q] =
-            *reinterpret_cast<const float4*>(o + (w * T::kRows + row) * kPitch + quad * 4);
-      }
-    }
-    merge.add(lse, states, T::kWarpsN);
-    if (item.partial_row < 0) {
-      write_merged<S, V, kQuads>(p, rows[row], item.kv_head, lane, merge);
-      continue;
-    }
-    const int64_t at = item.partial_row + row;
-    if (V::kSoftmax && lane == 0) p.partial_lse[at] = merge.lse_log2();
+  for (int w = 0; w < T::kWarpsN; ++w) {
+    lse[w] = lses[w * T::kRows + row];
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
-      const int d = (lane + q * kLanes) * 4;
-      if (S::kHeadDimVo / 4 % kQuads != 0 && d >= S::kHeadDimVo) continue;
-      const float inverse = merge.inverse_sum();
-      const float x[4] = {merge.total[q].x * inverse, merge.total[q].y * inverse,
-                          merge.total[q].z * inverse, merge.total[q].w * inverse};
-      store_floats(p.partial_o + at * S::kHeadDimVo + d, x);
+      const int quad = min_i32(lane + q * kLanesOfRow<S, kQuads>, S::kHeadDimVo / 4 - 1);
+      const float* from = o + (w * T::kRows + row) * kPitch + quad * 4;
+      states[w][q] = *reinterpret_cast<const float4*>(from);
     }
   }
+  merge.add(lse, states, T::kWarpsN);
 }
 
 // Warps that split the KV tokens: their states of the same rows meet in shared memory.
@@ -281,14 +331,29 @@ __device__ inline void merge_warps(const KernelParams& p, const WorkItem& item,
   float* o = reinterpret_cast<float*>(smem);  // [kWarpsN][kRows][kPitch]
   float* lses = o + T::kWarpsN * T::kRows * kPitch;
   const int place = static_cast<int>(ptx::thread_index() / 32 % T::kWarpsN) * T::kRows;
-  write_state<S, V, T>(first_row, is_idle ? 0 : item.num_rows, state, o + place * kPitch, kPitch,
-                       lses + place);
+  const int num_rows = is_idle ? 0 : item.num_rows;
+  for_each_row<T>(first_row, [&](int b, int half, int row) {
+    const float row_sum = sum_of_lanes(state.row_sum[b][half]);
+    const RowSum sum = finish_sum<V>(state.row_max[b][half], row_sum);
+    if (row >= num_rows) return;
+    if (V::kSoftmax && ptx::thread_index() % 4 == 0) lses[place + row] = sum.lse_log2;
+    for_each_run<S>(state.o[b], half, [&](int d, float (&x)[kRun<S>]) {
+      for (float& value : x) value *= sum.inverse;
+      store_floats<true>(o + (place + row) * kPitch + d, x);
+    });
+  });
   __syncthreads();
-  // Few rows: all lanes on one pass. More: a row's weights once for several components.
-  if (item.num_rows * (S::kHeadDimVo / 4) <= T::kThreads) {
-    merge_shared<S, V, T, 1, kPitch>(p, item, rows, o, lses);
-  } else {
-    merge_shared<S, V, T, 4, kPitch>(p, item, rows, o, lses);
+  const RowTarget<S, V> target(p, item.kv_head, item.partial_row);
+  const bool few = are_few<S, T::kThreads>(item.num_rows);
+  const RowShare share = few ? share_rows<S, T::kThreads, 1>() : share_rows<S, T::kThreads, 4>();
+  for (int row = share.row; row < item.num_rows; row += share.rows_at_once) {
+    RowMerge<V::kSoftmax, 4> merge;
+    if (few) {
+      add_warps<S, T, 1, kPitch>(o, lses, row, share.lane, merge);
+    } else {
+      add_warps<S, T, 4, kPitch>(o, lses, row, share.lane, merge);
+    }
+    write_merged<S, V>(target, row, rows[row], share, merge);
   }
 }
 

@@ -18,16 +18,26 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
 
   const KvLoader<S, T> loader(p, current, smem);
   const int num_tiles = loader.num_tiles();
-  int32_t first_pages[T::kStages];
+  // The stages' tokens over all threads.
+  constexpr int kTokens = T::kStages * T::kKvTile;
+  constexpr int kRounds = (kTokens + T::kThreads - 1) / T::kThreads;
+  int32_t first_pages[kRounds];
 #pragma unroll
-  for (int t = 0; t < T::kStages; ++t) first_pages[t] = loader.fetch(t);
+  for (int r = 0; r < kRounds; ++r) {
+    const int token = r * T::kThreads + static_cast<int>(ptx::thread_index());
+    first_pages[r] = loader.fetch(token / T::kKvTile, token % T::kKvTile);
+  }
   load_rows<S, T>(p, current, rows);
   __syncthreads();
   load_q<S, T>(p, item.num_rows, rows, smem_q);  // while the page ids are on their way
 #pragma unroll
-  for (int t = 0; t < T::kStages; ++t) loader.publish(t, first_pages[t]);
+  for (int r = 0; r < kRounds; ++r) {
+    const int token = r * T::kThreads + static_cast<int>(ptx::thread_index());
+    if (kTokens % T::kThreads != 0 && token >= kTokens) break;
+    loader.publish(token / T::kKvTile, token % T::kKvTile, first_pages[r]);
+  }
   __syncthreads();
-#pragma unroll
+#pragma unroll 1
   for (int t = 0; t < T::kStages - 1; ++t) {
     loader.load(t, stage(t));
     ptx::cp_async_commit();
@@ -56,32 +66,45 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
   }
 }
 
-// Announces the item's partial state and merges every unit that it completes.
+// The merge unit that a packed row of a node item belongs to.
+template <class S, class ClassRows>
+__device__ inline RequestUnit unit_of_row(const PlanView& plan, ClassRows class_rows,
+                                          const WorkItem& item, int row) {
+  const GatheredToken& g = plan.gathered[item.qo_begin + row / S::kGroupSize];
+  const PlannedRequest& request = plan.requests[g.request];
+  const int packed = g.local * S::kGroupSize + row % S::kGroupSize;
+  const int tile = packed / class_rows(request.tile_class);
+  return {request.unit_base + item.kv_head * request.num_tiles + tile, g.request};
+}
+
+// Announces the item's partial state to its merge units: a request item has one, a node item those
+// of the requests whose rows it holds. Each has a thread: one after the other their atomics would
+// cost an L2 latency each. Merges the units that are complete, listed at the start of `smem`.
 template <class S, class V, int kMaxRows, int kThreads, class ClassRows>
 __device__ void arrive_and_merge(const KernelParams& p, const PlanView& plan, ClassRows class_rows,
-                                 const WorkItem& item, int* flag) {
-  // A request item has one unit; a node item those of the requests whose rows it holds.
-  const int count = item.request >= 0 ? 1 : item.num_rows;
-  int last_unit = -1;
-  for (int x = 0; x < count; ++x) {
-    int unit = item.unit, request_index = item.request;
-    if (item.request < 0) {
-      const int row = item.row_begin + x;
-      const GatheredToken& g = plan.gathered[item.qo_begin + row / S::kGroupSize];
-      const PlannedRequest& request = plan.requests[g.request];
-      const int tile =
-          (g.local * S::kGroupSize + row % S::kGroupSize) / class_rows(request.tile_class);
-      unit = request.unit_base + item.kv_head * request.num_tiles + tile;
-      request_index = g.request;
+                                 const WorkItem& item, char* smem, CompletedUnits& done) {
+  static_assert(kMaxRows <= kThreads, "a thread for each row");
+  const int x = static_cast<int>(ptx::thread_index());
+  auto* units = reinterpret_cast<RequestUnit*>(smem);
+  if (x == 0) done.count = done.most_rows = 0;
+  __syncthreads();  // the state is written
+  RequestUnit own = {item.unit, item.request};
+  bool announces = x == 0;
+  if (item.request < 0 && x < item.num_rows) {
+    own = unit_of_row<S>(plan, class_rows, item, item.row_begin + x);
+    announces |=
+        x > 0 && unit_of_row<S>(plan, class_rows, item, item.row_begin + x - 1).unit != own.unit;
+  }
+  if (announces) {
+    const MergeUnit unit = plan.units[own.unit];
+    if (arrive(p.arrivals + own.unit, unit.expected)) {
+      units[atomicAdd(&done.count, 1)] = own;
+      atomicMax(&done.most_rows, unit.num_rows);
     }
-    if (unit == last_unit) continue;
-    last_unit = unit;
-    __syncthreads();
-    if (ptx::thread_index() == 0) *flag = arrive(p.arrivals + unit, plan.units[unit].expected);
-    __syncthreads();
-    if (*flag) {
-      merge_unit<S, V, kMaxRows, kThreads>(p, plan, class_rows, unit, request_index, item.kv_head);
-    }
+  }
+  __syncthreads();
+  if (done.count > 0) {
+    merge_units<S, V, kMaxRows, kThreads>(p, plan_of(p), class_rows, done, units, item.kv_head);
   }
 }
 
@@ -90,13 +113,15 @@ template <class S, class V, class... Tiles>
 __device__ void run(const KernelParams& p) {
   extern __shared__ __align__(16) char smem[];
   __shared__ CurrentItem current;
-  __shared__ int flag;
   // Rows of a tile class without an array, which would live in local memory.
   const auto class_rows = [](int tile_class) {
     int c = 0, rows = 0;
     ((tile_class == c++ ? rows = Tiles::kRows : 0), ...);
     return rows;
   };
+  constexpr int kMaxRows = most_of(Tiles::kRows...);
+  constexpr int kThreads = most_of(Tiles::kThreads...);
+  __shared__ CompletedUnits done;
   const int first = __ldg(plan_of(p).cta_ptr + blockIdx.x);
   const int end = __ldg(plan_of(p).cta_ptr + blockIdx.x + 1);
   if (first == end) return;
@@ -110,8 +135,6 @@ __device__ void run(const KernelParams& p) {
   prefetch_item(p, first, current);
   ptx::cp_async_wait_all();
   __syncthreads();
-  constexpr int kMaxRows = most_of(Tiles::kRows...);
-  constexpr int kThreads = most_of(Tiles::kThreads...);
   bool is_last;
   do {
     advance_item<S>(p, current);
@@ -120,7 +143,8 @@ __device__ void run(const KernelParams& p) {
     int c = 0;
     ((current.item.tile_class == c++ ? run_item<S, V, Tiles>(p, current, smem) : void()), ...);
     if (current.item.partial_row >= 0) {
-      arrive_and_merge<S, V, kMaxRows, kThreads>(p, plan_of(p), class_rows, current.item, &flag);
+      arrive_and_merge<S, V, kMaxRows, kThreads>(p, plan_of(p), class_rows, current.item, smem,
+                                                 done);
     }
     is_last = current.left == 0;
     __syncthreads();  // shared memory belongs to the next item

@@ -138,6 +138,23 @@ __device__ inline void copy_chunk(uint32_t smem, const Element* source, bool val
   }
 }
 
+// Calls visit(x, part) for every part of every row that is this thread's; kParts of them each. The
+// number of rounds is a constant: without it the compiler adds loops for what is left of one.
+template <int kRows, int kParts, int kThreads, int kUnroll, class Visit>
+__device__ inline void for_each_part(int thread, Visit visit) {
+  constexpr int kCount = kRows * kParts;
+#pragma unroll kUnroll
+  for (int round = 0; round < (kCount + kThreads - 1) / kThreads; ++round) {
+    if constexpr (kThreads % kParts == 0) {
+      const int x = round * (kThreads / kParts) + thread / kParts;
+      if (kCount % kThreads == 0 || x < kRows) visit(x, thread % kParts);
+    } else {
+      const int i = round * kThreads + thread;
+      if (kCount % kThreads == 0 || i < kCount) visit(i / kParts, i % kParts);
+    }
+  }
+}
+
 // Query rows -> shared memory; rows past num_rows become zero. With an fp8 cache the eight 4-byte
 // words of each 16 components are stored in the order 0 2 4 6 1 3 5 7: the order in which a lane
 // receives K's components from ldmatrix (main_loop.h).
@@ -146,20 +163,17 @@ __device__ inline void load_q(const KernelParams& p, int num_rows, const Variant
                               uint32_t smem_q) {
   using Element = typename S::Element;
   constexpr int kPitch = kShared<S, T>.pitch_q;
+  const int thread = static_cast<int>(ptx::thread_index());
   const auto source_of = [&](int x) {
     return static_cast<const Element*>(p.q) + rows[x].token * p.q_stride_token +
            rows[x].q_head * p.q_stride_head;
   };
   if constexpr (!S::kFp8) {
-    constexpr int kChunks = S::kHeadDimQk / 8;
-    for (int i = ptx::thread_index(); i < T::kRows * kChunks; i += T::kThreads) {
-      const int x = i / kChunks, chunk = i % kChunks;
+    for_each_part<T::kRows, S::kHeadDimQk / 8, T::kThreads, 4>(thread, [&](int x, int chunk) {
       copy_chunk<S>(smem_q + x * kPitch + chunk * 16, source_of(x) + chunk * 8, x < num_rows);
-    }
+    });
   } else {
-    constexpr int kGroups = S::kHeadDimQk / 16;
-    for (int i = ptx::thread_index(); i < T::kRows * kGroups; i += T::kThreads) {
-      const int x = i / kGroups, group = i % kGroups;
+    for_each_part<T::kRows, S::kHeadDimQk / 16, T::kThreads, 4>(thread, [&](int x, int group) {
       uint32_t w[8] = {};
       if (x < num_rows) {
         const Element* source = source_of(x) + group * 16;
@@ -176,7 +190,7 @@ __device__ inline void load_q(const KernelParams& p, int num_rows, const Variant
       const uint32_t even[4] = {w[0], w[2], w[4], w[6]}, odd[4] = {w[1], w[3], w[5], w[7]};
       ptx::store_shared_16(smem_q + x * kPitch + group * 32, even);
       ptx::store_shared_16(smem_q + x * kPitch + group * 32 + 16, odd);
-    }
+    });
   }
 }
 
@@ -238,12 +252,16 @@ class KvLoader {
   __device__ int num_tiles() const { return num_tiles_; }
   __device__ const KvTiles<T::kKvTile>& tiles() const { return tiles_; }
 
-  // Page id of this thread's token of `tile`, -1 for none. Entries past the range are never
-  // dereferenced.
+  // Page id of this thread's token of `tile`, -1 for none.
   __device__ int32_t fetch(int tile) const {
     const uint32_t thread = ptx::thread_index();
-    if (thread >= T::kKvTile || tile >= num_tiles_) return -1;
-    const int pos = tiles_.begin(tile) + static_cast<int>(thread);
+    return thread < T::kKvTile ? fetch(tile, thread) : -1;
+  }
+
+  // Page id of one token of `tile`. Entries past the range are never dereferenced.
+  __device__ int32_t fetch(int tile, int token) const {
+    if (tile >= num_tiles_) return -1;
+    const int pos = tiles_.begin(tile) + token;
     if (pos >= tiles_.end(tile)) return -1;
     const PageTableView& table = kFromShared || !S::kPlainPages ? current_.table : p_.table;
     if constexpr (S::kPlainPages) {
@@ -255,16 +273,18 @@ class KvLoader {
   // Offsets of `tile`, whose page id fetch() brought; load() may read them after a CTA barrier.
   __device__ void publish(int tile, int32_t page) const {
     const uint32_t thread = ptx::thread_index();
-    if (thread >= T::kKvTile) return;
+    if (thread < T::kKvTile) publish(tile, thread, page);
+  }
+  __device__ void publish(int tile, int token, int32_t page) const {
     RowOffsets row = {kNoRow, kNoRow};
     if (page >= 0) {
-      const int in_page = offset_in_page(tiles_.begin(tile) + static_cast<int>(thread));
+      const int in_page = offset_in_page(tiles_.begin(tile) + token);
       const KvStrides& k = kFromShared ? current_.k_stride : p_.kv.k_stride;
       const KvStrides& v = kFromShared ? current_.v_stride : p_.kv.v_stride;
       row.k = page * k.page + in_page * k.token + current_.item.kv_head * k.head;
       row.v = page * v.page + in_page * v.token + current_.item.kv_head * v.head;
     }
-    offsets_[tile % T::kStages * T::kKvTile + thread] = row;
+    offsets_[tile % T::kStages * T::kKvTile + token] = row;
   }
 
   // Starts the copies of a published tile; past the last one, of zeros.

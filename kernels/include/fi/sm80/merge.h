@@ -1,17 +1,11 @@
-// The merge of a unit by the CTA that brought its last partial state: nodes ascending, then the
+// The merge of units by the CTA that brought their last partial state: nodes ascending, then the
 // request's own splits ascending.
 #pragma once
 
+#include "fi/ptx/load.h"
 #include "fi/sm80/epilogue.h"
 
 namespace fi::sm80 {
-
-// A request tile whose states are merged.
-struct MergeTile {
-  MergeUnit unit;
-  PlannedRequest request;
-  int request_index, kv_head, row_begin;
-};
 
 // Where the states of one row lie: state i at row first + i * stride of the partial buffers.
 struct States {
@@ -39,66 +33,100 @@ __device__ inline void add_states(const KernelParams& p, const States& states, i
         o[i][q] = __ldcg(row + min_i32(lane + q * kLanesOfRow<S, kQuads>, S::kHeadDimVo / 4 - 1));
       }
     }
+    ptx::finish_loads();
     merge.add(lse, o, states.count - begin);
   }
 }
 
-// Packed row `row` of the tile in node `link`.
+// A request's packed row `packed` in node `link`.
 template <class ClassRows>
 __device__ inline States states_in_node(const PlanView& plan, ClassRows class_rows,
-                                        const MergeTile& tile, const NodeLink& link, int row) {
+                                        const NodeLink& link, int kv_head, int packed) {
   const PlannedNode& node = plan.nodes[link.node];
-  const int tile_rows = class_rows(node.tile_class);
-  const int node_row = link.row_offset + tile.row_begin + row;
+  const int tile_rows = class_rows(node.tile_class), node_row = link.row_offset + packed;
   const NodeTile& at =
-      plan.node_tiles[node.tile_base + tile.kv_head * node.num_tiles + node_row / tile_rows];
+      plan.node_tiles[node.tile_base + kv_head * node.num_tiles + node_row / tile_rows];
   return {at.partial_row + node_row % tile_rows, at.num_splits, at.num_rows};
 }
 
-template <class S, class V, int kThreads, int kQuads, int kBatch, class ClassRows>
-__device__ inline void merge_rows(const KernelParams& p, const PlanView& plan, ClassRows class_rows,
-                                  const MergeTile& tile) {
-  constexpr int kLanes = kLanesOfRow<S, kQuads>;
-  const int thread = static_cast<int>(ptx::thread_index()), lane = thread % kLanes;
-  constexpr int kRowsAtOnce = kThreads / kLanes;
-  if (thread >= kRowsAtOnce * kLanes) return;
-  const PlannedRequest& request = tile.request;
-  for (int row = thread / kLanes; row < tile.unit.num_rows; row += kRowsAtOnce) {
-    RowMerge<V::kSoftmax, kQuads> merge;
-    for (int l = request.link_begin; l <= request.link_end; ++l) {
-      States states = {tile.unit.partial_row + row, tile.unit.num_splits, tile.unit.num_rows};
-      if (l < request.link_end) {
-        states = states_in_node(plan, class_rows, tile, plan.links[l], row);
-      }
-      add_states<S, kBatch>(p, states, lane, merge);
+// A merge unit and the request whose it is.
+struct RequestUnit {
+  int unit, request;
+};
+
+// How many merge units an item completed, and the rows of the largest.
+struct CompletedUnits {
+  int count, most_rows;
+};
+
+// A row of a merge unit.
+struct UnitRow {
+  const MergeUnit* unit;
+  const PlannedRequest* request;
+  int kv_head;
+  int row;     // of the unit
+  int packed;  // of the request
+};
+
+// All states of a row, kQuads times four components a lane: with few of them a lane has registers
+// for many states at once.
+template <class S, class V, int kQuads, int kBatch, class ClassRows>
+__device__ inline RowMerge<V::kSoftmax, kQuads> merge_row(const KernelParams& p,
+                                                          const PlanView& plan,
+                                                          ClassRows class_rows, const UnitRow& at,
+                                                          int lane) {
+  RowMerge<V::kSoftmax, kQuads> merge;
+  for (int l = at.request->link_begin; l <= at.request->link_end; ++l) {
+    States states = {at.unit->partial_row + at.row, at.unit->num_splits, at.unit->num_rows};
+    if (l < at.request->link_end) {
+      states = states_in_node(plan, class_rows, plan.links[l], at.kv_head, at.packed);
     }
-    const int packed = tile.row_begin + row, local = packed / S::kGroupSize;
-    const VariantRow who = {request.kv_len - request.q_len + local,
-                            request.qo_begin + local,
-                            tile.kv_head * S::kGroupSize + packed % S::kGroupSize,
-                            tile.request_index,
-                            request.q_len,
-                            request.kv_len};
-    write_merged<S, V, kQuads>(p, who, tile.kv_head, lane, merge);
+    add_states<S, kBatch>(p, states, lane, merge);
   }
+  return merge;
 }
 
-// kMaxRows: of the largest tile class. kThreads: of the CTA.
+// Merges the units that an item completed, of one KV head, listed in shared memory. kMaxRows: of
+// the largest tile class. kThreads: of the CTA.
 template <class S, class V, int kMaxRows, int kThreads, class ClassRows>
-__device__ inline void merge_unit(const KernelParams& p, const PlanView& plan, ClassRows class_rows,
-                                  int unit_index, int request_index, int kv_head) {
-  MergeTile tile = {plan.units[unit_index], plan.requests[request_index], request_index, kv_head,
-                    0};
-  const int tile_index = (unit_index - tile.request.unit_base) - kv_head * tile.request.num_tiles;
-  tile.row_begin = tile_index * class_rows(tile.request.tile_class);
+__device__ inline void merge_units(const KernelParams& p, const PlanView& plan,
+                                   ClassRows class_rows, const CompletedUnits& done,
+                                   const RequestUnit* units, int kv_head) {
   // Few rows have many splits and lanes enough for all their components. Many rows have few splits,
   // and what is worked out once for a row counts: weights, the address of its output.
-  if (tile.unit.num_rows * (S::kHeadDimVo / 4) <= kThreads) {
-    merge_rows<S, V, kThreads, 1, 12>(p, plan, class_rows, tile);
-  } else if (kMaxRows <= 16 || tile.unit.num_rows <= 16) {
-    merge_rows<S, V, kThreads, 4, 3>(p, plan, class_rows, tile);
-  } else {
-    merge_rows<S, V, kThreads, 8, 2>(p, plan, class_rows, tile);
+  constexpr int kMaxQuads = kMaxRows <= 16 ? 4 : 8;
+  const int most_rows = done.most_rows, num_rows = done.count * most_rows;
+  RowShare share = share_rows<S, kThreads, kMaxQuads>();
+  if (num_rows <= 16) share = share_rows<S, kThreads, 4>();
+  if (are_few<S, kThreads>(num_rows)) share = share_rows<S, kThreads, 1>();
+  for (int at = share.row; at < num_rows; at += share.rows_at_once) {
+    const int index =
+        static_cast<int>(static_cast<uint32_t>(at) / static_cast<uint32_t>(most_rows));
+    const int row = at - index * most_rows;
+    const int unit_index = units[index].unit, request_index = units[index].request;
+    const MergeUnit& unit = plan.units[unit_index];
+    if (row >= unit.num_rows) continue;
+    const PlannedRequest& request = plan.requests[request_index];
+    const int tile_index = (unit_index - request.unit_base) - kv_head * request.num_tiles;
+    const int packed = tile_index * class_rows(request.tile_class) + row;
+    RowMerge<V::kSoftmax, kMaxQuads> merge;
+    const UnitRow unit_row = {&unit, &request, kv_head, row, packed};
+    if (share.quads == 1) {
+      merge.take(merge_row<S, V, 1, 12>(p, plan, class_rows, unit_row, share.lane));
+    } else if (kMaxQuads == 4 || share.quads == 4) {
+      merge.take(merge_row<S, V, 4, 3>(p, plan, class_rows, unit_row, share.lane));
+    } else {
+      constexpr int kBatch = kMaxRows <= 64 ? 4 : 2;
+      merge.take(merge_row<S, V, kMaxQuads, kBatch>(p, plan, class_rows, unit_row, share.lane));
+    }
+    const int local = packed / S::kGroupSize;
+    const VariantRow who = {request.kv_len - request.q_len + local,
+                            request.qo_begin + local,
+                            kv_head * S::kGroupSize + packed % S::kGroupSize,
+                            request_index,
+                            request.q_len,
+                            request.kv_len};
+    write_merged<S, V>(RowTarget<S, V>(p, kv_head, -1), row, who, share, merge);
   }
 }
 
