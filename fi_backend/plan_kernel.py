@@ -1,8 +1,8 @@
-"""The planner on the device: enqueues the kernel that writes the plan of a step without nodes.
+"""The planner on the device: enqueues the kernel that writes the plan of a step.
 
-The kernel writes the same bytes as ``kernels/host/planner.cc`` from lengths in device memory, and
-nothing comes back to the host. Code: kernels/include/fi/common/planner.h; docs/planning.md says how
-it works.
+The kernel writes the same bytes as ``kernels/host/planner.cc`` from lengths, and a prefix forest
+where there is one, in device memory, and nothing comes back to the host. Code:
+kernels/include/fi/common/planner.h; docs/planning.md says how it works.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class PlanKernel:
         kernel = self.device_kernel(config, layout)
         self._kernel = load(kernel, device)
         self._params = _core.PlanKernelParams(config, layout)
+        self._forest_bytes = config.forest_bytes
         self._threads, _ = _shape(self._params, layout)
         ctas = -(-layout.max_items // _ITEMS_PER_CTA)
         self._grid = _power_of_two(min(ctas, _core.device_info(self._kernel.device).num_sms))
@@ -85,6 +86,7 @@ class PlanKernel:
         mode = ", batch-invariant" if params.is_invariant else ""
         mode += "" if params.is_invariant or params.from_start else ", window"
         mode += "" if params.is_invariant or params.is_narrow else ", 64-bit costs"
+        mode += ", nodes" if params.has_nodes else ""
         place = "" if in_shared else ", scratch in global memory"
         return DeviceKernel(
             title=f"planner, {threads} threads of {per_thread}{mode}{place}",
@@ -95,7 +97,23 @@ class PlanKernel:
             shared_bytes=scratch if in_shared else 0,
         )
 
-    def enqueue(self, batch: PagedBatch, plan: Tensor, status: Tensor | None, stream: int) -> None:
+    @property
+    def takes_forest(self) -> bool:
+        """Whether steps are planned with a prefix forest.
+
+        Planners of a capacity without nodes, of classes with a window and in batch-invariant mode
+        have each request read all of its KV.
+        """
+        return self._params.has_nodes
+
+    def enqueue(
+        self,
+        batch: PagedBatch,
+        plan: Tensor,
+        status: Tensor | None,
+        stream: int,
+        forest: Tensor | None = None,
+    ) -> None:
         """Plan ``batch`` into ``plan``; returns before the device has begun.
 
         The kernel reads the batch's tensors when it runs: they may be filled by earlier work of the
@@ -103,24 +121,35 @@ class PlanKernel:
         requests is captured: pad with requests of no tokens.
 
         Args:
-            batch: qo_indptr and kv_len on the device; no nodes.
+            batch: qo_indptr and kv_len on the device; no explicit nodes.
             plan: uint8 [layout.total_bytes] device, 16-byte aligned.
             status: int32 [1] device or pinned host: the PlanStatus bits of lengths out of contract,
-                which are clamped, are OR-ed in; None: they only show in the plan's header.
+                which are clamped, and of nodes left out of the forest are OR-ed in; None: they only
+                show in the plan's header.
             stream: CUDA stream handle.
+            forest: uint8 [bytes] device, 16-byte aligned, the prefix forest of these lengths as
+                kernels/include/fi/plan/forest.h lays it out for the capacity; all zero: nothing is
+                shared. Needed if ``takes_forest``, else ignored.
 
         Raises:
-            Unsupported: the batch has nodes.
+            InvalidInput: no forest, or one of another capacity, for a planner that needs one.
+            Unsupported: the batch has explicit nodes.
             DeviceError: the launch failed.
         """
         if batch.nodes is not None:
             hint = "plan batches with nodes on the host"
             require(False, "batch.nodes", "none on the device", "some", hint, kind=Unsupported)
         params = self._params
+        if params.has_nodes:
+            got = None if forest is None else forest.numel()
+            rule = f"{self._forest_bytes} bytes on the device"
+            hint = "pass zeros where nothing is shared"
+            require(got == self._forest_bytes, "forest", rule, got, hint)
         params.num_requests = batch.num_requests
         params.qo_indptr = batch.qo_indptr.data_ptr()
         params.kv_len = batch.kv_len.data_ptr()
         params.kv_len_is_int64 = batch.kv_len.dtype == torch.int64
+        params.forest = 0 if forest is None else forest.data_ptr()
         params.plan = plan.data_ptr()
         params.status = 0 if status is None else status.data_ptr()
         _core.launch_plan(self._kernel, params, self._grid, self._threads, stream)
@@ -143,7 +172,7 @@ def _shape(params: _core.PlanKernelParams, layout: _core.PlanLayout) -> tuple[in
 
 def _mode(params: _core.PlanKernelParams, per_thread: int) -> str:
     """Return the initialiser of a Mode."""
-    flags = (params.is_invariant, params.from_start, params.is_narrow)
+    flags = (params.is_invariant, params.from_start, params.is_narrow, params.has_nodes)
     return ", ".join([str(per_thread), str(params.num_classes), *map(bool_literal, flags)])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -172,6 +173,8 @@ FOREST_KINDS = {
     "drafts": [1, 16, 63, 64],
     "mixed": [*[1] * 30, 0, 65, 300, 2048],
 }
+# Of the last ones, costs need 64 bits at many KV tokens.
+FOREST_CLASSES = [*CLASSES, [(16, 64, 290, 3_000_000), (64, 64, 4000, 9_000_000)]]
 # (num_qo_heads, num_kv_heads): groups of 1 to 64.
 FOREST_HEADS = [(32, 8), (64, 8), (4, 1), (28, 4), (8, 8), (64, 1), (6, 2)]
 
@@ -197,7 +200,7 @@ def forest_case(seed: int, max_requests: int = 300) -> PlanCase:
         num_ctas=draw.choice([1, 3, 78, 132, 264, 396, 1000]),
         band=draw.choice([(-1, 0, 0)] * 3 + [(-1, -1, 0), (-1, 9, 0)]),
         chunk=0,
-        classes=draw.choice(CLASSES),
+        classes=draw.choice(FOREST_CLASSES),
         capacity=capacity,
         num_requests=count,
         qo_indptr=np.cumsum([0, *q_lens]).astype(np.int32),
@@ -205,6 +208,28 @@ def forest_case(seed: int, max_requests: int = 300) -> PlanCase:
         node_capacity=node_capacity,
         nodes=nodes,
         forest=forest_bytes(nodes, q_lens, node_capacity, capacity[0], status=status),
+    )
+
+
+def broken_forest_case(seed: int) -> PlanCase:
+    """The same, mostly with lengths out of contract; then the forest may be garbage too."""
+    draw = Random(seed)
+    case = forest_case(seed)
+    indptr, kv_len = case.qo_indptr.astype(np.int64), case.kv_len.astype(np.int64)
+    capacity, num_requests = _break(draw, indptr, kv_len, case.capacity)
+    assert case.forest is not None
+    bytes_needed = dataclasses.replace(case, capacity=capacity).config().forest_bytes
+    forest = case.forest[:bytes_needed].copy()
+    if draw.random() < 0.5:
+        garbage = draw.randbytes(len(forest) - 16)
+        forest[16:] = np.frombuffer(garbage, np.uint8)
+    return dataclasses.replace(
+        case,
+        capacity=capacity,
+        num_requests=num_requests,
+        qo_indptr=indptr.astype(np.int32),
+        kv_len=kv_len.astype(case.kv_len.dtype),
+        forest=forest,
     )
 
 

@@ -39,8 +39,11 @@ SOURCE = r"""
 
 #include <algorithm>
 #include <any>
+#include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "fi/common/planner.h"
@@ -132,6 +135,15 @@ class FiberBlock {
   int32_t over_ctas(int32_t n) const { return n / num_ctas_; }
   void sync() const { fibers_.wait(kAtBarrier); }
   int32_t* marks() const { return memory_.marks.data(); }
+  void add(int32_t* to, int32_t value) const { *to += value; }
+  void copy_8(void* to, const void* from) {
+    std::memcpy(to, &kPending, 8);
+    copies_.push_back({to, from});
+  }
+  void end_copies() {
+    for (const auto& [to, from] : copies_) std::memcpy(to, from, 8);
+    copies_.clear();
+  }
 
   template <int32_t kParamBytes>
   void prepare(const fi::PlanKernelParams&) const {
@@ -167,7 +179,8 @@ class FiberBlock {
   }
 
   template <class Sums>
-  Sums scan(const Sums& value, Sums* total, int32_t* bits = nullptr) {
+  Sums scan(const Sums& value, Sums* total, int32_t* bits = nullptr, int32_t num_words = 99) {
+    require_zeros(value, num_words);
     auto& values = memory_.values[turn_];
     auto& found = memory_.bits[turn_];
     turn_ ^= 1;
@@ -181,11 +194,37 @@ class FiberBlock {
       if (bits) *bits |= found[t];
     }
     *total = all;
+    if constexpr (Sums::kIsWords) spoil(&before, num_words);
     return before;
   }
 
  private:
   static constexpr int32_t kUnmarked = -0x7bcdef;
+
+  template <class Sums>
+  static constexpr int32_t num_words_of() {
+    return Sums::kIsWords ? sizeof(Sums) / sizeof(uint32_t) : 0;
+  }
+
+  // What the caller says of its words.
+  template <class Sums>
+  void require_zeros(const Sums& value, int32_t num_words) {
+    const auto* words = reinterpret_cast<const char*>(&value);
+    for (int32_t w = num_words; w < num_words_of<Sums>(); ++w) {
+      uint32_t word;
+      std::memcpy(&word, words + w * sizeof(word), sizeof(word));
+      if (word != 0) std::abort();
+    }
+  }
+
+  // And what it may not use.
+  template <class Sums>
+  static void spoil(Sums* sums, int32_t num_words) {
+    for (int32_t w = num_words; w < num_words_of<Sums>(); ++w) {
+      const uint32_t garbage = 0x7bcdef;
+      std::memcpy(reinterpret_cast<char*>(sums) + w * sizeof(garbage), &garbage, sizeof(garbage));
+    }
+  }
 
   // The values of all lanes, which call it together.
   const int32_t* gather(int32_t value) {
@@ -195,6 +234,9 @@ class FiberBlock {
     fibers_.wait(kAtWarpBarrier);
     return &lanes[warp() * num_lanes()];
   }
+
+  static constexpr int64_t kPending = 0x7bcdef7bcdef;
+  std::vector<std::pair<void*, const void*>> copies_;
 
   Fibers& fibers_;
   CtaMemory& memory_;
@@ -209,12 +251,18 @@ template <Mode kMode>
 void plan(const fi::PlanKernelParams& params, void* scratch, FiberBlock& block) {
   using Cost = typename fi::planner::CostType<kMode>::Type;
   const auto at =
-      fi::planner::scratch_at<Cost>(params.scratch_layout, static_cast<char*>(scratch));
+      fi::planner::scratch_at<Cost>(params, static_cast<char*>(scratch));
   fi::planner::StepPlanner<FiberBlock, kMode>(params, at, block).run();
 }
 
 template <int32_t kPerThread, int32_t kClasses>
 auto find_plan(const Mode& mode) {
+#if HAS_NODES
+  if (!mode.has_nodes) std::abort();
+  if (mode.is_narrow) return &plan<Mode{kPerThread, kClasses, false, true, true, true}>;
+  return &plan<Mode{kPerThread, kClasses, false, true, false, true}>;
+#else
+  if (mode.has_nodes) std::abort();
   if (mode.is_invariant) return &plan<Mode{kPerThread, kClasses, true, false, false}>;
   if (mode.from_start && mode.is_narrow) {
     return &plan<Mode{kPerThread, kClasses, false, true, true}>;
@@ -222,6 +270,7 @@ auto find_plan(const Mode& mode) {
   if (mode.from_start) return &plan<Mode{kPerThread, kClasses, false, true, false}>;
   if (mode.is_narrow) return &plan<Mode{kPerThread, kClasses, false, false, true}>;
   return &plan<Mode{kPerThread, kClasses, false, false, false}>;
+#endif
 }
 
 template <int32_t kPerThread>
@@ -269,11 +318,12 @@ extern "C" int64_t long_quotient(int64_t n, int d, int* rest) {
 """
 
 
-def build(folder: Path) -> ctypes.CDLL:
-    """Compile the planner's device code for the CPU."""
+def build(folder: Path, *, has_nodes: bool = False) -> ctypes.CDLL:
+    """Compile the planner's device code for the CPU, for prefix forests or without nodes."""
     (folder / "planner.cc").write_text(SOURCE)
     flags = "-std=c++20 -O1 -g -Wall -Wextra -Werror -Wno-missing-field-initializers -fPIC -shared"
     command = [*find_compiler().command, *shlex.split(flags), f"-I{INCLUDE_ROOT}"]
+    command.append(f"-DHAS_NODES={int(has_nodes)}")
     subprocess.run([*command, "planner.cc", "-o", "planner.so"], check=True, cwd=folder)
     library = ctypes.CDLL(str(folder / "planner.so"))
     library.run_planner.restype = ctypes.c_bool
@@ -299,6 +349,7 @@ def plan_on_fibers(
     params.qo_indptr = case.qo_indptr.ctypes.data
     params.kv_len = case.kv_len.ctypes.data
     params.kv_len_is_int64 = case.kv_len.itemsize == 8
+    params.forest = 0 if case.forest is None else case.forest.ctypes.data
     params.plan = plan.ctypes.data
     params.status = status.ctypes.data
     run_params(library, params, launch)
@@ -318,8 +369,8 @@ def run_params(
     launch: Launch,
 ) -> None:
     """Run what a launch with these parameters would run."""
-    flags = (params.is_invariant, params.from_start, params.is_narrow)
-    mode = struct.pack("ii???x", launch.per_thread, params.num_classes, *flags)
+    flags = (params.is_invariant, params.from_start, params.is_narrow, params.has_nodes)
+    mode = struct.pack("ii????", launch.per_thread, params.num_classes, *flags)
     met = library.run_planner(
         bytes(params), launch.num_ctas, launch.num_threads, launch.is_descending, mode
     )

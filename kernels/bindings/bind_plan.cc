@@ -80,6 +80,10 @@ void bind_config(py::module_& m) {
            py::arg("num_qo_heads"), py::arg("num_kv_heads"), py::arg("num_ctas"), py::arg("band"),
            py::arg("invariant_chunk"), py::arg("classes"), py::arg("capacity"))
       .def_readonly("classes", &host::PlanConfig::classes)
+      .def_property_readonly("forest_bytes",
+                             [](const host::PlanConfig& config) {
+                               return make_forest_layout(config.capacity).total_bytes;
+                             })
       .def("layout", [](const host::PlanConfig& config) { return host::make_layout(config); });
 }
 

@@ -2,17 +2,69 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+from random import Random
 
 import numpy as np
 import pytest
-from plan_batches import PlanCase, assert_same, forest_case, plan_of_explicit_nodes, plan_on_host
-from plan_forests import NODES_DECLINED, ForestNode, NodeCapacity, forest_bytes
+import torch
+from numpy.typing import NDArray
+from plan_batches import (
+    PlanCase,
+    assert_same,
+    broken_forest_case,
+    forest_case,
+    plan_of_explicit_nodes,
+    plan_on_host,
+)
+from plan_fibers import Launch, build, empty_plan, plan_on_fibers, run_params
+from plan_forests import (
+    NODES_DECLINED,
+    ForestNode,
+    NodeCapacity,
+    capacity_of,
+    forest_bytes,
+    random_nodes,
+)
 
+from fi_backend import PagedBatch, _core, errors, plan_kernel
+from fi_backend.jit.nvrtc import compile_cubin
+from fi_backend.plan_kernel import PlanKernel
 from fi_backend.plan_records import BAD_INDPTR, KV_TOO_LONG, TOO_MANY_REQUESTS, plan_arrays
+from fi_backend.storage import PageTable
+
+LAUNCHES = [
+    Launch(1, 4, 4),
+    Launch(5, 32, 1, is_descending=True),
+    Launch(2, 64, 4),
+    Launch(3, 256, 1, is_descending=True),
+    Launch(40, 128, 4, is_descending=True),
+    Launch(1, 512, 1),
+    Launch(3, 2, 1, is_descending=True),
+    Launch(2, 1, 4),
+]
 
 # Requests 0 to 3 share [0, 2048), 0 and 2 go on together to 3072: the example of plan/forest.h.
 EXAMPLE_NODES = [ForestNode((0, 1, 2, 3), 0, 2048), ForestNode((0, 2), 2048, 3072)]
+
+
+@pytest.fixture(scope="module")
+def fibers(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return build(tmp_path_factory.mktemp("planner"), has_nodes=True)
+
+
+def is_narrow(case: PlanCase) -> bool:
+    return _core.PlanKernelParams(case.config(), case.config().layout()).is_narrow
+
+
+def assert_planned(fibers: ctypes.CDLL, case: PlanCase, launch: Launch) -> int:
+    """Hold the fibers' plan against the host's; return the status."""
+    expected = plan_on_host(case)
+    got, status = plan_on_fibers(fibers, case, launch)
+    assert_same(case, expected, got)
+    assert status == plan_arrays(expected, case.config().layout())["header"]["status"], case
+    return status
 
 
 def example(status: int = 0) -> PlanCase:
@@ -102,3 +154,190 @@ def test_a_forest_is_ignored_where_lengths_are_out_of_contract(
 def test_a_forest_that_left_nodes_out_says_so() -> None:
     assert status_of(example(NODES_DECLINED)) == NODES_DECLINED
     assert status_of(example()) == 0
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
+def test_random_forests_give_the_bytes_of_the_host(fibers: ctypes.CDLL, launch: Launch) -> None:
+    first = 1000 + 70 * LAUNCHES.index(launch)
+    cases = [forest_case(seed) for seed in range(first, first + 70)]
+    for case in cases:
+        assert_planned(fibers, case, launch)
+    assert {is_narrow(case) for case in cases} == {True, False}
+    assert max(len(case.nodes) for case in cases) > 40
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
+def test_forests_of_broken_lengths_are_ignored(fibers: ctypes.CDLL, launch: Launch) -> None:
+    first, broken = 60 * LAUNCHES.index(launch), 0
+    for seed in range(first, first + 60):
+        case = broken_forest_case(seed)
+        if status_of(without_nodes(case)) == 0:
+            continue
+        assert assert_planned(fibers, case, launch) & NODES_DECLINED == 0
+        broken += 1
+    assert broken > 30
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
+def test_steps_that_share_nothing(fibers: ctypes.CDLL, launch: Launch) -> None:
+    for seed in range(20):
+        case = forest_case(seed)
+        expected = plan_on_host(without_nodes(case))
+        zeros = np.zeros(case.config().forest_bytes, np.uint8)
+        garbage = forest_bytes([], [], case.node_capacity, case.capacity[0])
+        for forest in (zeros, garbage):
+            empty = dataclasses.replace(case, nodes=[], forest=forest)
+            got, status = plan_on_fibers(fibers, empty, launch)
+            assert_same(case, expected, got)
+            assert status == 0
+
+
+def serving(num_requests: int, seed: int, **changes: object) -> PlanCase:
+    """Decodes of 8,192 tokens and more in a few groups, with some requests beside them."""
+    draw = Random(seed)
+    q_lens = [draw.choice([1] * 60 + [4, 0, 512]) for _ in range(num_requests)]
+    kv_lens = [8192 + q + draw.randint(0, 4000) for q in q_lens]
+    nodes = random_nodes(draw, q_lens, kv_lens, 12, 64)
+    node_capacity = NodeCapacity(256, 8 * num_requests, 16 * num_requests)
+    capacity = (num_requests, max(8192, sum(q_lens)), 131_072)
+    base = PlanCase(
+        f"serving {seed}",
+        heads=(32, 8),
+        num_ctas=264,
+        band=(-1, 0, 0),
+        chunk=0,
+        classes=[(16, 64, 40, 190), (64, 64, 160, 1240)],
+        capacity=capacity,
+        num_requests=num_requests,
+        qo_indptr=np.cumsum([0, *q_lens]).astype(np.int32),
+        kv_len=np.array(kv_lens, np.int64),
+        node_capacity=node_capacity,
+        nodes=nodes,
+        forest=forest_bytes(nodes, q_lens, node_capacity, num_requests),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.mark.parametrize("num_ctas", [264, 396])
+@pytest.mark.parametrize("num_requests", [256, 1024])
+def test_steps_of_serving_size(fibers: ctypes.CDLL, num_requests: int, num_ctas: int) -> None:
+    cases = [serving(num_requests, seed, num_ctas=num_ctas) for seed in range(3)]
+    assert sum(len(case.nodes) for case in cases) > 10
+    for case in cases:
+        assert_planned(fibers, case, Launch(4, 288, 4))
+        assert_planned(fibers, case, Launch(16, 256, 1, is_descending=True))
+
+
+@pytest.mark.parametrize("num_requests", [2, 15, 16, 17, 64, 256])
+@pytest.mark.parametrize("heads", [(32, 8), (64, 8), (8, 8), (64, 1)])
+def test_one_group_of_decodes(
+    fibers: ctypes.CDLL, num_requests: int, heads: tuple[int, int]
+) -> None:
+    """Nodes of one row tile and of many, full ones and others, cut at any place."""
+    q_lens = [1] * num_requests
+    nodes = [ForestNode(tuple(range(num_requests)), 0, 8192)]
+    node_capacity = capacity_of(nodes, q_lens)
+    for num_ctas in (1, 7, 132, 1000):
+        case = serving(
+            num_requests, 0, heads=heads, num_ctas=num_ctas, nodes=nodes,
+            capacity=(num_requests, num_requests, 16_384), node_capacity=node_capacity,
+            qo_indptr=np.arange(num_requests + 1, dtype=np.int32),
+            kv_len=np.arange(8193, 8193 + num_requests, dtype=np.int32),
+            forest=forest_bytes(nodes, q_lens, node_capacity, num_requests),
+        )  # fmt: skip
+        assert_planned(fibers, case, Launch(2, 64, 4))
+
+
+class NoDevice:
+    """Stands for the driver and a GPU: launches run on fibers."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library, self.device, self.num_sms = library, 0, 9
+
+    def launch(self, _: object, params: object, grid: int, threads: int, stream: int) -> None:
+        run_params(self.library, params, Launch(grid, threads, 4))
+
+
+def batch_of(case: PlanCase) -> PagedBatch:
+    table = PageTable.dense(torch.zeros(len(case.kv_len), 1, dtype=torch.int32), page_size=16)
+    return PagedBatch(torch.from_numpy(case.qo_indptr), torch.from_numpy(case.kv_len), table)
+
+
+@pytest.fixture
+def planner(fibers: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> PlanKernel:
+    fake = NoDevice(fibers)
+    monkeypatch.setattr(plan_kernel, "load", lambda kernel, device: fake)
+    monkeypatch.setattr(_core, "device_info", lambda index: fake)
+    monkeypatch.setattr(_core, "launch_plan", fake.launch)
+    config = example().config()
+    return PlanKernel(config, config.layout(), torch.device("cpu"))
+
+
+def plan_bytes(planner: PlanKernel, case: PlanCase) -> NDArray[np.uint8]:
+    plan = empty_plan(case.config().layout().total_bytes)
+    assert case.forest is not None
+    forest = torch.from_numpy(case.forest)
+    planner.enqueue(batch_of(case), torch.from_numpy(plan), None, 0, forest)
+    return plan
+
+
+def test_enqueue_plans_the_forest_it_is_given(planner: PlanKernel) -> None:
+    assert planner.takes_forest
+    case = example(NODES_DECLINED)
+    assert_same(case, plan_on_host(case), plan_bytes(planner, case))
+    zeros = np.zeros(case.config().forest_bytes, np.uint8)
+    empty = dataclasses.replace(case, nodes=[], forest=zeros)
+    assert_same(case, plan_on_host(without_nodes(case)), plan_bytes(planner, empty))
+
+
+def test_a_planner_with_nodes_wants_a_forest_of_its_capacity(planner: PlanKernel) -> None:
+    batch, plan = batch_of(example()), torch.zeros(0)
+    with pytest.raises(errors.InvalidInput, match=r"forest: expected 240 bytes .*, got None"):
+        planner.enqueue(batch, plan, None, 0)
+    with pytest.raises(errors.InvalidInput, match=r"forest: expected 240 bytes .*, got 239"):
+        planner.enqueue(batch, plan, None, 0, torch.zeros(239, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("change", "mode", "takes_forest"),
+    [
+        ({}, "{1, 2, false, true, true, true}", True),
+        ({"capacity": (1024, 1 << 24, 131_072)}, "{4, 2, false, true, false, true}", True),
+        ({"node_capacity": NodeCapacity(2, 6, 1 << 22)}, "{1, 2, false, true, false, true}", True),
+        ({"node_capacity": NodeCapacity()}, "{1, 2, false, true, true, false}", False),
+        ({"band": (4095, 0, 4)}, "{1, 2, false, false, true, false}", False),
+        ({"chunk": 512}, "{1, 2, true, false, false, false}", False),
+    ],
+    ids=str,
+)
+def test_where_planners_take_forests(
+    change: dict[str, object], mode: str, takes_forest: bool
+) -> None:
+    config = dataclasses.replace(example(), **change).config()
+    assert f"Mode{mode}" in PlanKernel.device_kernel(config, config.layout()).source
+    assert _core.PlanKernelParams(config, config.layout()).has_nodes == takes_forest
+
+
+def test_usual_capacities_plan_in_shared_memory() -> None:
+    config = serving(1024, 0).config()
+    kernel = PlanKernel.device_kernel(config, config.layout())
+    assert kernel.title == "planner, 288 threads of 4, 64-bit costs, nodes"
+    assert 0 < kernel.shared_bytes <= plan_kernel.MAX_SHARED_BYTES
+
+
+@pytest.mark.parametrize(
+    ("arch", "threads", "in_shared", "mode"),
+    [
+        ("sm_90a", 128, "true", "1, 1, false, true, true, true"),
+        ("sm_90a", 416, "true", "4, 2, false, true, true, true"),
+        ("sm_90a", 288, "true", "1, 3, false, true, true, true"),
+        ("sm_90a", 512, "false", "4, 3, false, true, false, true"),
+        ("sm_80", 512, "true", "4, 3, false, true, true, true"),
+        ("sm_120a", 512, "true", "4, 2, false, true, false, true"),
+    ],
+)
+def test_compiles_without_spills(arch: str, threads: int, in_shared: str, mode: str) -> None:
+    source = plan_kernel.SOURCE.format(threads=threads, in_shared=in_shared, mode=mode)
+    cubin = compile_cubin(source, arch)
+    assert (cubin.spill_bytes, cubin.stack_bytes) == (0, 0), cubin.log
+    assert "warning" not in cubin.log

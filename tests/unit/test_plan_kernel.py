@@ -295,19 +295,22 @@ def with_capacity(requests: int, tokens: int) -> PlanCase:
 @pytest.mark.parametrize(
     ("case", "shape"),
     [
-        (with_capacity(64, 64), "288, true, fi::planner::Mode{1, 2, false, true, true}"),
-        (with_capacity(1024, 8192), "288, true, fi::planner::Mode{4, 2, false, true, false}"),
+        (with_capacity(64, 64), "288, true, fi::planner::Mode{1, 2, false, true, true, false}"),
+        (
+            with_capacity(1024, 8192),
+            "288, true, fi::planner::Mode{4, 2, false, true, false, false}",
+        ),
         (
             dataclasses.replace(with_capacity(1024, 8192), num_ctas=132, classes=DECODE_CLASS),
-            "256, true, fi::planner::Mode{4, 1, false, true, true}",
+            "256, true, fi::planner::Mode{4, 1, false, true, true, false}",
         ),
         (
             dataclasses.replace(with_capacity(8, 64), num_ctas=78, band=(4095, 0, 4)),
-            "128, true, fi::planner::Mode{1, 2, false, false, true}",
+            "128, true, fi::planner::Mode{1, 2, false, false, true, false}",
         ),
         (
             dataclasses.replace(with_capacity(8, 64), chunk=512),
-            "288, true, fi::planner::Mode{1, 2, true, false, false}",
+            "288, true, fi::planner::Mode{1, 2, true, false, false, false}",
         ),
     ],
 )
@@ -321,7 +324,7 @@ def test_usual_capacities_plan_in_shared_memory(case: PlanCase, shape: str) -> N
 def test_a_huge_capacity_plans_in_global_memory() -> None:
     config = with_capacity(1024, 1 << 20).config()
     kernel = PlanKernel.device_kernel(config, config.layout())
-    assert "run<288, false, fi::planner::Mode{4, 2, false, true, false}>" in kernel.source
+    assert "run<288, false, fi::planner::Mode{4, 2, false, true, false, false}>" in kernel.source
     assert kernel.shared_bytes == 0
     assert scratch_bytes(config, config.layout()) > 16 * MAX_SHARED_BYTES
     assert scratch_bytes(DECODES.config(), DECODES.config().layout()) == 0
@@ -330,16 +333,16 @@ def test_a_huge_capacity_plans_in_global_memory() -> None:
 @pytest.mark.parametrize(
     ("arch", "threads", "in_shared", "mode"),
     [
-        ("sm_90a", 128, "true", "1, 1, false, true, true"),
-        ("sm_90a", 416, "true", "4, 1, false, true, true"),
-        ("sm_90a", 288, "true", "4, 3, false, true, true"),
-        ("sm_90a", 512, "false", "1, 4, false, false, true"),
-        ("sm_90a", 512, "false", "4, 3, false, true, false"),
-        ("sm_90a", 512, "true", "1, 3, false, false, false"),
-        ("sm_90a", 512, "true", "1, 3, true, false, false"),
-        ("sm_80", 512, "false", "1, 3, true, false, false"),
-        ("sm_80", 512, "true", "4, 3, false, true, true"),
-        ("sm_120a", 288, "true", "1, 3, false, false, true"),
+        ("sm_90a", 128, "true", "1, 1, false, true, true, false"),
+        ("sm_90a", 416, "true", "4, 1, false, true, true, false"),
+        ("sm_90a", 288, "true", "4, 3, false, true, true, false"),
+        ("sm_90a", 512, "false", "1, 4, false, false, true, false"),
+        ("sm_90a", 512, "false", "4, 3, false, true, false, false"),
+        ("sm_90a", 512, "true", "1, 3, false, false, false, false"),
+        ("sm_90a", 512, "true", "1, 3, true, false, false, false"),
+        ("sm_80", 512, "false", "1, 3, true, false, false, false"),
+        ("sm_80", 512, "true", "4, 3, false, true, true, false"),
+        ("sm_120a", 288, "true", "1, 3, false, false, true, false"),
     ],
 )
 def test_compiles_without_spills(arch: str, threads: int, in_shared: str, mode: str) -> None:

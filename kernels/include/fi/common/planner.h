@@ -1,4 +1,5 @@
-// The planner on the device: the bytes of host/planner.cc for a step without nodes.
+// The planner on the device: the bytes of host/planner.cc, for steps without nodes or with those of
+// a prefix forest.
 //
 // Every CTA reads all lengths and works out the same tables in its own scratch, with scans where
 // the host has loops; then each writes its share of the plan. So no CTA waits for another, and one
@@ -6,10 +7,11 @@
 //   StepTables   lengths -> requests and row tiles; tiles before each, and their cost
 //   cut_spans    where the spans of the attention's CTAs begin, items before each
 //   write_items  items and merge units, one thread per item
+// NodePasses is what nodes and their members add to them.
 // Block is the CTA as the passes see it: CudaBlock of planner_block.h, or threads of a CPU.
 #pragma once
 
-#include "fi/common/planner_tables.h"
+#include "fi/common/planner_nodes.h"
 
 namespace fi::planner {
 
@@ -33,6 +35,7 @@ class StepPlanner {
     }
     write_items();
     write_header();
+    if constexpr (kMode.has_nodes) nodes().write_members(view_plan(p.plan, p.layout));
   }
 
  private:
@@ -53,6 +56,9 @@ class StepPlanner {
     PlannedRequest* requests;
   };
 
+  // Mode::has_nodes.
+  FI_HOST_DEVICE NodePasses<Block, kMode> nodes() const { return {p, s, block_, totals_}; }
+
   FI_HOST_DEVICE bool has_large() const { return (totals_.findings & kLarge) != 0; }
 
   FI_HOST_DEVICE int32_t class_of_request(int32_t r) const {
@@ -72,27 +78,13 @@ class StepPlanner {
     }
   }
 
-  // KV head of a place and the cost before it within that head's tiles of the request: the place is
-  // `heads * in_head + rest` after the request's beginning.
-  FI_HOST_DEVICE int32_t head_at(Cost in_head, int32_t rest, Cost head_cost, Cost* left) const {
-    const int32_t heads = p.num_kv_heads.value;
-    if constexpr (kMode.is_narrow) {
-      const Quotient32 head = small_quotient(in_head, heads, rest, static_cast<int32_t>(head_cost));
-      *left = head.remainder;
-      return head.quotient;
-    } else {
-      const int32_t head = quotient_of(heads * in_head + rest, head_cost);
-      *left = heads * in_head + rest - head * head_cost;
-      return head;
-    }
-  }
-
   // The place where span c begins: after floor(W c / P) of the total cost W = heads w. With
   //   w = P share + remainder, remainder c = P a + b:   W c / P = heads (share c + a) + heads b / P
-  // all of it is in units of one head's cost, and small. *num_rows: packed rows of its row tile.
+  // all of it is in units of one head's cost, and small. *num_rows: packed rows of its row tile;
+  // with nodes times 2, + 1 where all its pieces are partial.
   FI_HOST_DEVICE Cut find_cut(int32_t c, int32_t* num_rows) const {
     const int32_t heads = p.num_kv_heads.value;
-    Cut cut{heads * totals_.num_tiles, 0, 0, 0};
+    Cut cut{heads * totals_.num_tiles + num_node_tiles(), 0, 0, 0};
     *num_rows = 0;
     if (c >= p.num_ctas.value || totals_.cost == 0) return cut;
     int32_t remainder;
@@ -101,6 +93,7 @@ class StepPlanner {
     const int32_t b = remainder * c - a * p.num_ctas.value;
     const int32_t rest = p.num_ctas.quotient(heads * b);
     const Cost of_head = share * c + a;
+    if constexpr (kMode.has_nodes) return nodes().find_cut(of_head, rest, num_rows);
     // Requests start at multiples of all heads' cost; this tile is one of the right request.
     const auto cost_before = [&](int32_t i) { return s.cost[i]; };
     const int32_t near = last_at_most(0, totals_.num_tiles, of_head, cost_before);
@@ -112,7 +105,7 @@ class StepPlanner {
     }
     const Cost begin = s.cost[first];
     Cost budget;
-    const int32_t head = head_at(of_head - begin, rest, s.cost[last] - begin, &budget);
+    const int32_t head = tiles_.head_at(of_head - begin, rest, s.cost[last] - begin, &budget);
     const int32_t tile =
         last - first == 1 ? first : last_at_most(first, last, budget + begin, cost_before);
     cut.tile = heads * first + head * (last - first) + tile - first;
@@ -122,18 +115,34 @@ class StepPlanner {
     *num_rows =
         tiles_.row_end(s.q_len[r], tile_class, index) - index * tiles_.tile_class(tile_class).rows;
     if constexpr (kMode.is_invariant) {
-      cut.step = tiles_.row_tile(s.q_len[r], s.kv_len[r], tile_class, last - first, index)
-                     .steps_within(budget);
+      const OwnPart own{s.q_len[r], 0, s.kv_len[r]};
+      cut.step = tiles_.row_tile(own, tile_class, last - first, index).steps_within(budget);
     } else {
       cut.step = tiles_.steps_within(budget, tile_class);
     }
     return cut;
   }
 
+  // Rows of the row tile of cut c.
+  FI_HOST_DEVICE int32_t front_rows(int32_t c) const {
+    return kMode.has_nodes ? s.cut_tile_rows[c] >> 1 : s.cut_tile_rows[c];
+  }
+
+  // Rows that become partial where a tile ends that was cut: none if it is partial anyway.
+  FI_HOST_DEVICE int32_t tail_rows(int32_t c) const {
+    if (kMode.has_nodes && (s.cut_tile_rows[c] & 1) != 0) return 0;
+    return front_rows(c);
+  }
+
+  FI_HOST_DEVICE int32_t num_node_tiles() const {
+    return kMode.has_nodes ? nodes().num_tiles() : 0;
+  }
+
   // Cuts, then items and partial rows before each. A span that ends inside a tile has an item more
   // than tiles that it leaves behind; pieces of cut tiles are partial, whole tiles are not.
   FI_HOST_DEVICE void cut_spans() {
     const int32_t num_cuts = p.num_ctas.value + 1;
+    if constexpr (kMode.has_nodes) nodes().clear_cuts();
     FI_ROLLED for (int32_t c = block_.thread(); c < num_cuts; c += block_.num_threads()) {
       s.cuts[c] = find_cut(c, &s.cut_tile_rows[c]);
     }
@@ -148,7 +157,10 @@ class StepPlanner {
         const bool has_tail = leaves_tile && begin.step > 0;
         const bool has_front = end.step > (leaves_tile ? 0 : begin.step);
         span.items = end.tile - begin.tile + has_front;
-        span.rows = (has_tail ? s.cut_tile_rows[c - 1] : 0) + (has_front ? s.cut_tile_rows[c] : 0);
+        span.rows = (has_tail ? tail_rows(c - 1) : 0) + (has_front ? front_rows(c) : 0);
+        if constexpr (kMode.has_nodes) {
+          if (has_front) nodes().count_cut(end.tile);
+        }
       }
       SpanSums total, before = block_.scan(span, &total);
       before += sums;
@@ -162,6 +174,10 @@ class StepPlanner {
     }
     num_items_ = sums.items;
     num_partial_rows_ = sums.rows;
+    if constexpr (kMode.has_nodes) {
+      num_partial_rows_ += nodes().num_partial_rows();
+      block_.end_copies();
+    }
     block_.sync();
   }
 
@@ -187,6 +203,7 @@ class StepPlanner {
   }
 
   FI_HOST_DEVICE Place place_of(int32_t tile) const {
+    if constexpr (kMode.has_nodes) return nodes().place_of(tile);
     const int32_t heads = p.num_kv_heads.value, near = p.num_kv_heads.quotient(tile);
     const int32_t r = s.tile_request[near];
     if (!has_large()) return {r, tile - heads * near, near, 1, 0};
@@ -206,9 +223,11 @@ class StepPlanner {
     const bool is_first = item == begin.items, is_front = tile == end.tile;
     Piece piece{place_of(tile), is_first ? begin.step : 0, is_front ? end.step : -1, -1, 0};
     if (is_front) {
-      piece.partial_row = end.rows - s.cut_tile_rows[c + 1];
+      piece.partial_row = end.rows - front_rows(c + 1);
     } else if (piece.step_begin > 0) {
       piece.partial_row = begin.rows;
+    } else if constexpr (kMode.has_nodes) {
+      piece.partial_row = begin.rows + (begin.step > 0 ? tail_rows(c) : 0);
     }
     if (is_front && piece.step_begin == 0) {
       // The tile's last piece opens the span of the last cut inside it: this one, most often.
@@ -293,11 +312,15 @@ class StepPlanner {
 
   // The item, and with the first item of a tile its merge unit.
   FI_HOST_DEVICE void write_item(int32_t number, const Piece& piece) {
+    if constexpr (kMode.has_nodes) {
+      nodes().write_item(out_.items + number, piece, view_plan(p.plan, p.layout));
+      return;
+    }
     const auto [r, head, first, count, index] = piece.place;
     const int32_t q_len = s.q_len[r], kv_len = s.kv_len[r], c = class_of_request(r);
     const int32_t unit = p.num_kv_heads.value * first + head * count + index;
     WorkItem item;
-    tiles_.fill_item(q_len, kv_len, c, count, index, piece.step_begin, piece.step_end, &item);
+    tiles_.fill_item({q_len, 0, kv_len}, c, count, index, piece.step_begin, piece.step_end, &item);
     int32_t* to = reinterpret_cast<int32_t*>(out_.items + number);
     store_16(to, r, item.kv_begin, item.kv_end, item.hole_begin);
     store_16(to + 4, item.hole_end, head, s.qo_begin[r], kv_len - q_len);
@@ -320,6 +343,12 @@ class StepPlanner {
     header.num_requests = totals_.num_requests;
     header.status = (totals_.findings & kStatusMask) |
                     (totals_.num_requests == p.num_requests ? 0 : kPlanTooManyRequests);
+    if constexpr (kMode.has_nodes) {
+      header.num_nodes = totals_.num_nodes;
+      header.num_node_tiles = nodes().num_tiles();
+      header.num_links = totals_.num_links;
+      header.num_gathered = totals_.num_gathered;
+    }
     *out_.header = header;
     if (header.status == 0 || !p.status) return;
     // Plans of a stream follow one another: nobody else writes here meanwhile.

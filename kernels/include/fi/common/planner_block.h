@@ -2,31 +2,36 @@
 #pragma once
 
 #include "fi/common/planner.h"
+#include "fi/ptx/cp_async.h"
 
 namespace fi::planner {
 
-// Sums of two members of 32 bits.
+// Sums of 32 bits each.
+template <int32_t kCount>
 struct alignas(8) Words {
-  uint32_t first, second;
+  uint32_t at[kCount];
 };
 
-template <int32_t kThreads>
+template <int32_t kThreads, bool kHasNodes>
 struct BlockMemory {
   static constexpr int32_t kWarps = kThreads / 32;
-  static constexpr int32_t kMostBytes = 32;  // of what one warp tells the others in a scan
+  static constexpr int32_t kMostBytes = kHasNodes ? 48 : 32;  // that a warp tells others in a scan
+  static constexpr int32_t kMostWords = kHasNodes ? 6 : 2;    // of sums, in whole pairs
 
   alignas(16) char warps[2][kWarps * kMostBytes];
-  Words words[3][kWarps + 1];  // see scan_words()
+  Words<kMostWords> words[3][kWarps + 1];  // see scan_words()
   uint32_t bits[3];
   int32_t marks[kThreads];
   int32_t parameters[16];
 };
 
 // The number of CTAs is a power of two.
-template <int32_t kThreads>
+template <int32_t kThreads, bool kInShared, bool kHasNodes>
 class CudaBlock {
+  using Memory = BlockMemory<kThreads, kHasNodes>;
+
  public:
-  __device__ explicit CudaBlock(BlockMemory<kThreads>* memory)
+  __device__ explicit CudaBlock(Memory* memory)
       : memory_(memory), log_ctas_(31 - __clz(static_cast<int32_t>(gridDim.x))) {}
 
   __device__ int32_t thread() const { return static_cast<int32_t>(threadIdx.x); }
@@ -41,6 +46,20 @@ class CudaBlock {
 
   __device__ void sync() const { __syncthreads(); }
   __device__ int32_t* marks() const { return memory_->marks; }
+  // To a word in the scratch of this CTA, to which others add meanwhile.
+  __device__ void add(int32_t* to, int32_t value) const { atomicAdd(to, value); }
+
+  // 8 bytes into the scratch; they have landed after end_copies() and a barrier.
+  __device__ void copy_8(void* to, const void* from) const {
+    if constexpr (kInShared) {
+      ptx::cp_async_8(ptx::shared_address(to), from);
+    } else {
+      *static_cast<Pair*>(to) = load_8(from);
+    }
+  }
+  __device__ void end_copies() const {
+    if constexpr (kInShared) ptx::cp_async_wait_all();
+  }
 
   // Clears the marks, and what scans need cleared.
   //
@@ -95,17 +114,20 @@ class CudaBlock {
   }
 
   // Sum over the threads before this one; *total: over all. ORs *bits, if given, over all.
+  // num_words: of the sums in words, how many are not zero in the whole warp; those before this
+  // thread are unspecified for the others.
   template <class Sums>
-  __device__ Sums scan(const Sums& value, Sums* total, int32_t* bits = nullptr) {
+  __device__ Sums scan(const Sums& value, Sums* total, int32_t* bits = nullptr,
+                       int32_t num_words = Memory::kMostWords) {
     if constexpr (Sums::kIsWords) {
-      return scan_words(value, total, bits);
+      return scan_words(value, total, bits, num_words);
     } else {
       return scan_warps(value, total, bits);
     }
   }
 
  private:
-  static constexpr int32_t kWarps = BlockMemory<kThreads>::kWarps;
+  static constexpr int32_t kWarps = Memory::kWarps;
 
   struct ShuffleUp {
     int32_t offset;
@@ -127,22 +149,47 @@ class CudaBlock {
     return here;
   }
 
-  // Two sums of 32 bits: each warp adds its own to those of all later ones before it scans its
-  // lanes, and nothing but a load is left to do after the barrier. Bits are rare.
+  template <class Sums, int32_t kCount>
+  __device__ static Sums first_words(const Words<kCount>& all) {
+    struct Own {
+      uint32_t at[sizeof(Sums) / sizeof(uint32_t)];
+    };
+    Own own;
+#pragma unroll
+    for (uint32_t w = 0; w < sizeof(Own) / sizeof(uint32_t); ++w) own.at[w] = all.at[w];
+    return __builtin_bit_cast(Sums, own);
+  }
+
+  // Sums of 32 bits: each warp adds its own to those of all later ones before it scans its lanes,
+  // and nothing but a load is left to do after the barrier. Bits are rare.
   template <class Sums>
-  __device__ Sums scan_words(const Sums& value, Sums* total, int32_t* bits) {
+  __device__ Sums scan_words(const Sums& value, Sums* total, int32_t* bits, int32_t num_words) {
+    constexpr int32_t kCount = sizeof(Sums) / sizeof(uint32_t);
+    struct Own {
+      uint32_t at[kCount];
+    };
     const int32_t turn = words_turn_;
-    const auto words = __builtin_bit_cast(Words, value);
-    const Words sum{__reduce_add_sync(~0u, words.first), __reduce_add_sync(~0u, words.second)};
+    const auto words = __builtin_bit_cast(Own, value);
+    const auto is_word = [&](int32_t w) { return w < 2 || min_i32(w, 3) < num_words; };
+    Own sum{}, earlier{};
+#pragma unroll
+    for (int32_t w = 0; w < kCount; ++w) {
+      if (is_word(w)) sum.at[w] = __reduce_add_sync(~0u, words.at[w]);
+    }
     if (warp() < lane() && lane() <= kWarps) {
-      atomicAdd(&memory_->words[turn][lane()].first, sum.first);
-      atomicAdd(&memory_->words[turn][lane()].second, sum.second);
+#pragma unroll
+      for (int32_t w = 0; w < kCount; ++w) {
+        if (is_word(w)) atomicAdd(&memory_->words[turn][lane()].at[w], sum.at[w]);
+      }
     }
     if (bits && *bits != 0) atomicOr(&memory_->bits[turn], static_cast<uint32_t>(*bits));
-    const Words through{warp_scan(words.first), warp_scan(words.second)};
+#pragma unroll
+    for (int32_t w = 0; w < kCount; ++w) {
+      if (is_word(w)) earlier.at[w] = warp_scan(words.at[w]) - words.at[w];
+    }
     __syncthreads();
-    const Words before = memory_->words[turn][warp()];
-    *total = __builtin_bit_cast(Sums, memory_->words[turn][kWarps]);
+    const auto before = memory_->words[turn][warp()];
+    *total = first_words<Sums>(memory_->words[turn][kWarps]);
     if (bits) *bits = static_cast<int32_t>(memory_->bits[turn]);
     // Three arrays take turns. That of the last scan was read before this barrier, and is added to
     // again after the next one: now is the time to clear it.
@@ -150,8 +197,9 @@ class CudaBlock {
     const int32_t last = turn == 0 ? 2 : turn - 1;
     if (thread() <= kWarps) memory_->words[last][thread()] = {};
     if (thread() == 0) memory_->bits[last] = 0;
-    return __builtin_bit_cast(Sums, Words{before.first + through.first - words.first,
-                                          before.second + through.second - words.second});
+    Sums sums = __builtin_bit_cast(Sums, earlier);
+    sums += first_words<Sums>(before);
+    return sums;
   }
 
   // Any sums: the warps' are added one by one.
@@ -161,7 +209,7 @@ class CudaBlock {
       Sums sums;
       int32_t bits;
     };
-    static_assert(sizeof(Warp) <= BlockMemory<kThreads>::kMostBytes);
+    static_assert(sizeof(Warp) <= Memory::kMostBytes);
     // Consecutive scans take turns with two arrays: whoever writes the first one again has passed
     // the barrier of the scan between, and so has everyone who read it.
     Warp* warps = reinterpret_cast<Warp*>(memory_->warps[turn_]);
@@ -174,7 +222,7 @@ class CudaBlock {
     __syncthreads();
     Sums warps_before{}, all{};
     int32_t all_bits = 0;
-#pragma unroll
+#pragma unroll(sizeof(Sums) > 24 ? 2 : kWarps)  // wide ones would take all registers
     for (int32_t w = 0; w < kWarps; ++w) {
       const Warp other = warps[w];
       if (w < warp()) warps_before += other.sums;
@@ -187,7 +235,7 @@ class CudaBlock {
     return before;
   }
 
-  BlockMemory<kThreads>* memory_;
+  Memory* memory_;
   int32_t log_ctas_;
   int32_t turn_ = 0;
   int32_t words_turn_ = 0;
@@ -197,14 +245,15 @@ class CudaBlock {
 template <int32_t kThreads, bool kInShared, Mode kMode>
 __device__ void run(const PlanKernelParams& p) {
   extern __shared__ int4 dynamic_shared[];
-  __shared__ BlockMemory<kThreads> memory;
+  __shared__ BlockMemory<kThreads, kMode.has_nodes> memory;
   char* base = reinterpret_cast<char*>(dynamic_shared);
   if constexpr (!kInShared) {
     base = static_cast<char*>(p.scratch) + blockIdx.x * p.scratch_layout.total_bytes;
   }
-  const auto scratch = scratch_at<typename CostType<kMode>::Type>(p.scratch_layout, base);
-  CudaBlock<kThreads> block(&memory);
-  StepPlanner<CudaBlock<kThreads>, kMode>(p, scratch, block).run();
+  using Block = CudaBlock<kThreads, kInShared, kMode.has_nodes>;
+  const auto scratch = scratch_at<typename CostType<kMode>::Type>(p, base);
+  Block block(&memory);
+  StepPlanner<Block, kMode>(p, scratch, block).run();
 }
 
 }  // namespace fi::planner

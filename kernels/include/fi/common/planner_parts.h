@@ -80,6 +80,14 @@ struct alignas(16) Quad {
   int32_t x, y, z, w;
 };
 
+FI_HOST_DEVICE inline Quad load_16(const void* from) { return *static_cast<const Quad*>(from); }
+
+struct alignas(8) Pair {
+  int32_t x, y;
+};
+
+FI_HOST_DEVICE inline Pair load_8(const void* from) { return *static_cast<const Pair*>(from); }
+
 FI_HOST_DEVICE inline void store_16(void* to, int32_t x, int32_t y, int32_t z, int32_t w) {
   *static_cast<Quad*>(to) = {x, y, z, w};
 }
@@ -140,6 +148,30 @@ struct ChunkSums {
   }
 };
 
+// The same beside nodes. Words that are zero in many warps stand last.
+template <class Cost>
+struct SharedSums {
+  static constexpr bool kIsWords = sizeof(Cost) == 4;
+  Cost cost = 0;  // of requests
+  int32_t tiles = 0;
+  int32_t tokens = 0;  // query tokens of members
+  Cost node_cost = 0;
+  int32_t node_tiles = 0;
+
+  FI_HOST_DEVICE void add_pieces(int32_t, int32_t) {}
+  template <class Map>
+  FI_HOST_DEVICE SharedSums mapped(const Map& map) const {
+    return {map(cost), map(tiles), map(tokens), map(node_cost), map(node_tiles)};
+  }
+  FI_HOST_DEVICE void operator+=(const SharedSums& other) {
+    cost += other.cost;
+    tiles += other.tiles;
+    tokens += other.tokens;
+    node_cost += other.node_cost;
+    node_tiles += other.node_tiles;
+  }
+};
+
 // What is summed over spans.
 struct SpanSums {
   static constexpr bool kIsWords = true;
@@ -168,10 +200,19 @@ struct Latest {
   FI_HOST_DEVICE void operator+=(const Latest& other) { token = max_i32(token, other.token); }
 };
 
-// A row tile of one KV head of a request whose tiles begin at `first`, counted as in Scratch.
+// Query tokens of a request, and the KV that it reads by itself.
+struct OwnPart {
+  int32_t q_len;
+  int32_t kv_begin;  // 0 without nodes
+  int32_t kv_len;    // its end
+};
+
+// A row tile of one KV head of a request, or a node, whose tiles begin at `first`, counted as in
+// Scratch.
 struct Place {
-  int32_t request, head, first;
-  int32_t count;  // tiles of the request
+  int32_t request;  // or ~node
+  int32_t head, first;
+  int32_t count;  // tiles of the row block
   int32_t index;  // of this one
 };
 
@@ -179,7 +220,7 @@ struct Place {
 struct Piece {
   Place place;
   int32_t step_begin, step_end;
-  int32_t partial_row;  // -1: the whole tile
+  int32_t partial_row;  // as Cut::rows counts them; -1: the whole tile
   int32_t num_splits;   // pieces of the tile; known to its first piece
 };
 

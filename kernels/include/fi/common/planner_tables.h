@@ -1,8 +1,8 @@
-// First part of the device planner (planner.h): requests and row tiles of a step, as tables in
-// scratch.
+// First part of the device planner (planner.h): requests, nodes and row tiles of a step, as tables
+// in scratch.
 #pragma once
 
-#include "fi/common/planner_tiles.h"
+#include "fi/common/planner_forest.h"
 
 namespace fi::planner {
 
@@ -10,10 +10,17 @@ namespace fi::planner {
 template <class Cost>
 struct StepTotals {
   int32_t num_requests = 0;
-  int32_t num_tiles = 0;  // of one KV head, as all that follows
+  int32_t num_tiles = 0;  // of requests and one KV head, as all that follows
   int32_t findings = 0;   // PlanStatus bits, and Finding
-  Cost cost = 0;
-  int64_t pieces = 0;  // batch-invariant mode: items << 32 | partial rows
+  Cost cost = 0;          // that of nodes included
+  int64_t pieces = 0;     // batch-invariant mode: items << 32 | partial rows
+  // Mode::has_nodes; all zero where the forest is empty or ignored.
+  int32_t num_nodes = 0;
+  int32_t num_links = 0;
+  int32_t num_gathered = 0;   // query tokens of nodes
+  int32_t member_tokens = 0;  // query tokens of requests that are in nodes
+  int32_t node_tiles = 0;
+  Cost node_cost = 0;
 };
 
 // Findings of one thread that concern all, beside the PlanStatus bits.
@@ -33,7 +40,7 @@ class StepTables {
  public:
   FI_HOST_DEVICE StepTables(const PlanKernelParams& params, const Scratch<Cost>& scratch,
                             Block& block)
-      : p(params), s(scratch), block_(block), tiles_(params) {}
+      : p(params), s(scratch), block_(block), tiles_(params), forest_(params, scratch, block) {}
 
   // Fills all but the cuts, and writes the plan's requests.
   FI_HOST_DEVICE StepTotals<Cost> fill(PlannedRequest* requests) {
@@ -46,6 +53,17 @@ class StepTables {
     totals.findings = findings_;
     totals.cost = sums_.cost;
     if constexpr (kMode.is_invariant) totals.pieces = sums_.pieces;
+    if constexpr (kMode.has_nodes) {
+      totals.cost += sums_.node_cost;
+      const ForestHeader& forest = forest_.header();
+      totals.num_nodes = forest.num_nodes;
+      totals.num_links = forest.num_links;
+      totals.num_gathered = forest.num_tokens;
+      totals.member_tokens = sums_.tokens;
+      totals.node_tiles = sums_.node_tiles;
+      totals.node_cost = sums_.node_cost;
+      totals.findings |= forest.status & kPlanNodesDeclined;
+    }
     return totals;
   }
 
@@ -84,14 +102,23 @@ class StepTables {
   FI_HOST_DEVICE void place_requests(PlannedRequest* out) {
     num_requests_ = min_i32(max_i32(p.num_requests, 0), p.max_requests);
     Lengths lengths = load_lengths(0);
+    if constexpr (kMode.has_nodes) forest_.load(num_requests_ == p.num_requests);
     // Time to use while they are on the way.
-    block_.template prepare<kMode.is_narrow ? kNarrowBytes : sizeof(PlanKernelParams)>(p);
+    block_.template prepare<kParamBytes<kMode>>(p);
+    if constexpr (kMode.has_nodes) {
+      if (forest_.has_nodes() && kPerThread * block_.num_threads() < num_requests_) check_rounds();
+      place_most_nodes();
+    }
     for (int32_t first = 0; first < num_requests_;) {
       if (place_round(first, lengths, out)) {
         first += kPerThread * block_.num_threads();
         if (first < num_requests_) lengths = load_lengths(first);
       } else {
         is_careful_ = true;
+        if constexpr (kMode.has_nodes) {
+          forest_.ignore();
+          if (first == 0) sums_ = {};  // of nodes
+        }
         tokens_before_ = first == 0 ? 0 : p.qo_indptr[first];
       }
     }
@@ -99,9 +126,42 @@ class StepTables {
     end_tables();
   }
 
+  // A round may believe in the forest if the lengths of all are within contract: where there are
+  // more rounds than one, they are looked through first.
+  FI_HOST_DEVICE void check_rounds() {
+    int32_t bits = 0;
+    FI_ROLLED for (int32_t first = 0; first < num_requests_;
+                   first += kPerThread * block_.num_threads()) {
+      Requests requests;
+      bits |= take_lengths(first + kPerThread * block_.thread(), load_lengths(first), &requests);
+    }
+    Sums none, total;
+    block_.scan(none, &total, &bits, 2);
+    if ((bits & kOdd) != 0) forest_.ignore();
+  }
+
+  // All nodes but those of the last round, which share the scan of the first requests.
+  FI_HOST_DEVICE void place_most_nodes() {
+    FI_ROLLED for (; forest_.has_rounds(); forest_.next_round()) {
+      Sums sum;
+      const NodePlace<Cost> node = forest_.add_node(&sum);
+      Sums total, before = block_.scan(sum, &total);
+      before += sums_;
+      sums_ += total;
+      forest_.write_node(node, before);
+    }
+  }
+
+  FI_HOST_DEVICE Cost node_cost() const {
+    if constexpr (kMode.has_nodes) return sums_.node_cost;
+    return 0;
+  }
+
   // Requests of one round, whose tokens are those between neighbours of qo_indptr.
   struct Requests {
     int32_t qo_begin[kPerThread], q_len[kPerThread], kv_len[kPerThread];
+    int32_t own_begin[kPerThread];
+    bool is_member[kPerThread];
     int32_t tile_class[kPerThread], num_tiles[kPerThread];
     Sums sums[kPerThread];
   };
@@ -110,6 +170,7 @@ class StepTables {
   struct Lengths {
     int32_t tokens[kPerThread + 1];
     RawLength kv_len[kPerThread];
+    ForestRequest shared[kPerThread];
   };
 
   FI_HOST_DEVICE Lengths load_lengths(int32_t first) const {
@@ -121,6 +182,12 @@ class StepTables {
     }
     for (int32_t i = 0; i < kPerThread; ++i) {
       lengths.kv_len[i] = load_kv_len(r0 + i, r0 + i < num_requests_);
+    }
+    if constexpr (kMode.has_nodes) {
+      const ForestRequest* shared = forest_view(p).requests + r0;
+      for (int32_t i = 0; i < kPerThread; ++i) {
+        if (r0 + i < num_requests_) lengths.shared[i] = shared[i];
+      }
     }
     return lengths;
   }
@@ -136,19 +203,46 @@ class StepTables {
     } else {
       bits = take_lengths(r0, lengths, &requests);
     }
+    take_links(r0, lengths, &requests);
     for (int32_t i = 0; i < kPerThread; ++i) bits |= place_request(i, &requests);
-    const uint32_t large_lanes = add_large(&requests, &bits);
+    const uint32_t large_lanes = add_large(r0, &requests, &bits);
     Sums sum;
     for (const Sums& of_request : requests.sums) sum += of_request;
     int32_t all_bits = bits;
-    Sums total, before = block_.scan(sum, &total, &all_bits);
-    if ((all_bits & kOdd) != 0) return false;
-    before += sums_;
+    Sums total, before;
+    if constexpr (kMode.has_nodes) {
+      const NodePlace<Cost> node = forest_.add_node(&sum);
+      before = block_.scan(sum, &total, &all_bits, forest_.num_words());
+      if ((all_bits & kOdd) != 0) return false;
+      before += sums_;
+      forest_.write_node(node, before);
+      forest_.end_rounds();
+    } else {
+      before = block_.scan(sum, &total, &all_bits);
+      if ((all_bits & kOdd) != 0) return false;
+      before += sums_;
+    }
     sums_ += total;
+    before.cost += node_cost();
     findings_ |= all_bits;
     if (r0 < num_requests_) write_requests(r0, requests, before, sum.tiles, out);
     if (large_lanes != 0) spread_large(large_lanes, r0, requests, before);
     return true;
+  }
+
+  // From when on requests read KV by themselves, and what they share before.
+  FI_HOST_DEVICE void take_links(int32_t r0, const Lengths& lengths, Requests* requests) const {
+    for (int32_t i = 0; i < kPerThread; ++i) {
+      ForestRequest shared{};
+      if constexpr (kMode.has_nodes) {
+        if (forest_.has_nodes()) {
+          shared = lengths.shared[i];
+          forest_.copy_first_link(r0 + i, shared);
+        }
+      }
+      requests->own_begin[i] = shared.own_begin;
+      requests->is_member[i] = shared.num_links > 0;
+    }
   }
 
   FI_HOST_DEVICE int32_t take_lengths(int32_t r0, const Lengths& lengths,
@@ -204,48 +298,53 @@ class StepTables {
 
   // All else of request i of this thread but the cost of several tiles; returns findings.
   FI_HOST_DEVICE int32_t place_request(int32_t i, Requests* requests) const {
-    const int32_t q_len = requests->q_len[i], kv_len = requests->kv_len[i];
+    const int32_t q_len = requests->q_len[i];
     const int32_t c = tiles_.class_of(tiles_.packed_rows(q_len));
     const int32_t num_tiles = tiles_.num_tiles(q_len, c);
     requests->tile_class[i] = c;
     requests->num_tiles[i] = num_tiles;
     if (kMode.from_start || num_tiles == 1) {
-      const Sums only = tiles_.sums_of_only(q_len, kv_len, c);
+      const Sums only =
+          tiles_.sums_of_only({q_len, requests->own_begin[i], requests->kv_len[i]}, c);
       if (num_tiles == 1) requests->sums[i] = only;
     }
     requests->sums[i].tiles = num_tiles;
+    if constexpr (kMode.has_nodes) requests->sums[i].tokens = requests->is_member[i] ? q_len : 0;
     return num_tiles > 1 ? kLarge : 0;
   }
 
   // A thread's request of several row tiles.
   struct Large {
-    int32_t q_len = 0, kv_len = 0, num_tiles = 0;
+    OwnPart own{};
+    int32_t num_tiles = 0;
   };
 
-  FI_HOST_DEVICE Large large_of(const Requests& requests) const {
+  FI_HOST_DEVICE Large large_of(int32_t r0, const Requests& requests) const {
     Large large;
     for (int32_t i = 0; i < kPerThread; ++i) {
       if (requests.num_tiles[i] <= 1) continue;
-      large = {requests.q_len[i], requests.kv_len[i], requests.num_tiles[i]};
+      const int32_t own_begin = shared_of(r0 + i).own_begin;
+      large = {{requests.q_len[i], own_begin, requests.kv_len[i]}, requests.num_tiles[i]};
     }
     return large;
   }
 
   FI_HOST_DEVICE Large from_lane(const Large& large, int32_t from) const {
-    return {block_.shuffle(large.q_len, from), block_.shuffle(large.kv_len, from),
-            block_.shuffle(large.num_tiles, from)};
+    OwnPart own{block_.shuffle(large.own.q_len, from), 0, block_.shuffle(large.own.kv_len, from)};
+    if constexpr (kMode.has_nodes) own.kv_begin = block_.shuffle(large.own.kv_begin, from);
+    return {own, block_.shuffle(large.num_tiles, from)};
   }
 
   // Costs of large requests, a lane per row tile, where a warp has few of them; returns the lanes
   // that have one.
-  FI_HOST_DEVICE uint32_t add_large(Requests* requests, int32_t* bits) {
+  FI_HOST_DEVICE uint32_t add_large(int32_t r0, Requests* requests, int32_t* bits) {
     if constexpr (!kMode.is_narrow) {
       if ((*bits & kLarge) != 0) *bits |= kManyLarge;
       return 0;
     } else {
       const uint32_t lanes = block_.ballot((*bits & kLarge) != 0);
       if (lanes == 0) return 0;
-      const Large own = large_of(*requests);
+      const Large own = large_of(r0, *requests);
       int32_t num_large = 0;
       for (const int32_t tiles : requests->num_tiles) num_large += tiles > 1;
       const bool is_much = num_large > 1 || own.num_tiles > kMostTiles;
@@ -271,15 +370,14 @@ class StepTables {
 
   // Of its tile number t in plan order: descending.
   FI_HOST_DEVICE Cost cost_of_tile(const Large& large, int32_t t) const {
-    const int32_t c = tiles_.class_of(tiles_.packed_rows(large.q_len));
-    return tiles_.sums_of(large.q_len, large.kv_len, c, large.num_tiles, large.num_tiles - 1 - t)
-        .cost;
+    const int32_t c = tiles_.class_of(tiles_.packed_rows(large.own.q_len));
+    return tiles_.sums_of(large.own, c, large.num_tiles, large.num_tiles - 1 - t).cost;
   }
 
   // Enters the tiles of these lanes' large requests, a lane per row tile. `at`: before the thread.
   FI_HOST_DEVICE void spread_large(uint32_t lanes, int32_t r0, const Requests& requests, Sums at) {
     if constexpr (kMode.is_narrow) {
-      const Large own = large_of(requests);
+      const Large own = large_of(r0, requests);
       int32_t own_number = 0, own_first = 0, own_cost = 0;
       for (int32_t i = 0; i < kPerThread; ++i) {
         if (requests.num_tiles[i] > 1) {
@@ -313,7 +411,7 @@ class StepTables {
   // The requests and the tiles of those that have one; `at`: what is before them.
   FI_HOST_DEVICE void write_requests(int32_t r0, const Requests& requests, Sums at,
                                      int32_t num_tiles, PlannedRequest* out) {
-    int32_t tile_begin[kPerThread], number[kPerThread];
+    int32_t tile_begin[kPerThread], number[kPerThread], shared_tokens[kPerThread];
     Cost cost[kPerThread];
     bool is_plain = num_tiles == kPerThread && at.tiles % kPerThread == 0;
     const int32_t first_tile = at.tiles;
@@ -324,6 +422,10 @@ class StepTables {
       is_plain &= requests.num_tiles[i] == 1;
       if constexpr (kMode.is_invariant) {
         if (requests.num_tiles[i] > 0) s.pieces[at.tiles] = at.pieces;
+      }
+      if constexpr (kMode.has_nodes) {
+        const int32_t tokens = forest_.header().num_tokens + at.tokens;
+        shared_tokens[i] = 2 * tokens + requests.is_member[i];
       }
       at += requests.sums[i];
     }
@@ -341,21 +443,29 @@ class StepTables {
         s.cost[tile_begin[i]] = cost[i];
       }
     }
+    if constexpr (kMode.has_nodes) {
+      if (forest_.has_nodes()) {
+        store_run(s.shared_tokens + r0, shared_tokens);
+      }
+    }
     if (!owns(block_, r0)) return;
     for (int32_t i = 0; i < kPerThread; ++i) {
       if (r0 + i >= num_requests_) return;
       int32_t* to = reinterpret_cast<int32_t*>(out + r0 + i);
       store_16(to, p.num_kv_heads.value * tile_begin[i], requests.num_tiles[i],
                requests.tile_class[i], requests.qo_begin[i]);
-      store_16(to + 4, requests.q_len[i], requests.kv_len[i], 0, 0);
+      const ForestRequest shared = shared_of(r0 + i);
+      store_16(to + 4, requests.q_len[i], requests.kv_len[i], shared.link_begin,
+               shared.link_begin + shared.num_links);
     }
   }
 
   // What follows the last tile.
   FI_HOST_DEVICE void end_tables() {
     if (block_.thread() == 0) {
-      s.cost[sums_.tiles] = sums_.cost;
+      s.cost[sums_.tiles] = sums_.cost + node_cost();
       if constexpr (kMode.is_invariant) s.pieces[sums_.tiles] = sums_.pieces;
+      if constexpr (kMode.has_nodes) forest_.end_tables(sums_);
     }
     block_.sync();
   }
@@ -378,11 +488,24 @@ class StepTables {
     block_.sync();
   }
 
+  FI_HOST_DEVICE ForestRequest shared_of(int32_t r) const {
+    if constexpr (kMode.has_nodes) {
+      if (forest_.has_nodes()) return forest_view(p).requests[r];
+    }
+    return {};
+  }
+
   // Costs anew, tile by tile, where many requests have several: requests spread from their marks.
   FI_HOST_DEVICE void sum_costs() {
     mark_requests();
-    const int32_t num_tiles = sums_.tiles;
+    const Sums placed = sums_;
+    const int32_t num_tiles = placed.tiles;
     sums_ = {};
+    if constexpr (kMode.has_nodes) {  // these stay
+      sums_.tokens = placed.tokens;
+      sums_.node_cost = placed.node_cost;
+      sums_.node_tiles = placed.node_tiles;
+    }
     FI_ROLLED for (int32_t first = 0; first < num_tiles;
                    first += kPerThread * block_.num_threads()) {
       const int32_t t0 = first + kPerThread * block_.thread();
@@ -397,13 +520,16 @@ class StepTables {
         request[i] = r = request[i] >= 0 ? request[i] : r;
         if (t0 + i >= num_tiles) continue;
         const int32_t q_len = s.q_len[r], end = s.tile_begin[r + 1];
-        sums[i] = tiles_.sums_of(q_len, s.kv_len[r], tiles_.class_of(tiles_.packed_rows(q_len)),
-                                 end - s.tile_begin[r], end - 1 - (t0 + i));
+        sums[i] = tiles_.sums_of({q_len, shared_of(r).own_begin, s.kv_len[r]},
+                                 tiles_.class_of(tiles_.packed_rows(q_len)), end - s.tile_begin[r],
+                                 end - 1 - (t0 + i));
         sum += sums[i];
       }
-      Sums total, at = block_.scan(sum, &total);
+      constexpr int32_t kTileWords = 2;
+      Sums total, at = block_.scan(sum, &total, nullptr, kTileWords);
       at += sums_;
       sums_ += total;
+      at.cost += node_cost();
       if (t0 < num_tiles) write_costs(t0, num_tiles, request, at, sums);
     }
     end_tables();
@@ -428,6 +554,7 @@ class StepTables {
   const Scratch<Cost>& s;
   Block& block_;
   const TileRules<kMode> tiles_;
+  ForestTables<Block, kMode> forest_;  // Mode::has_nodes
   int32_t num_requests_ = 0;
   Sums sums_;                  // over the tiles of rounds done
   int32_t findings_ = 0;       // of rounds done
