@@ -80,8 +80,11 @@ def test_a_kernel_plans_each_slot(capturing: list[bool]) -> None:
     planner.plan(first, second)
     capturing.append(True)  # captured the same way
     planner.plan(first, second)
-    for fake, batch in zip(planner.fakes, (first, second), strict=True):
-        assert fake.by_kernel == [(batch, planner._report.word, STREAM)] * 2
+    for fake, batch, forest in zip(planner.fakes, (first, second), planner.forests, strict=True):
+        assert len(fake.by_kernel) == 2
+        for planned, found, *others in fake.by_kernel:
+            assert planned is batch and found is forest.data
+            assert others == [planner._report.word, STREAM]
         assert not fake.by_host and fake.host_batch is None
 
 

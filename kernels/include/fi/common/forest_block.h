@@ -8,16 +8,16 @@ namespace fi::forest {
 
 template <int32_t kThreads>
 struct BlockMemory {
-  planner::BlockMemory<kThreads> scans;
+  planner::BlockMemory<kThreads, false> scans;
   int32_t smallest[2][kThreads / 32];
   int32_t is_last;
 };
 
 template <int32_t kThreads>
-class CudaBlock : public planner::CudaBlock<kThreads> {
+class CudaBlock : public planner::CudaBlock<kThreads, true, false> {
  public:
   __device__ explicit CudaBlock(BlockMemory<kThreads>* memory)
-      : planner::CudaBlock<kThreads>(&memory->scans), memory_(memory) {}
+      : planner::CudaBlock<kThreads, true, false>(&memory->scans), memory_(memory) {}
 
   // Smallest value of all threads.
   __device__ int32_t min(int32_t value) {
