@@ -85,15 +85,6 @@ struct RowMerge {
     }
   }
 
-  // Becomes a merge of fewer components.
-  template <int kQuads>
-  __device__ void take(const RowMerge<kSoftmax, kQuads>& other) {
-    top = other.top;
-    sum = other.sum;
-#pragma unroll
-    for (int q = 0; q < kQuads; ++q) total[q] = other.total[q];
-  }
-
   __device__ float inverse_sum() const {
     if constexpr (!kSoftmax) return 1.0f;
     return sum == 0.0f ? 0.0f : reciprocal(sum);

@@ -1,5 +1,5 @@
-// Element types: packing pairs of 16-bit values, widening 8-bit ones. Types of our own: an attention
-// kernel needs two conversions, and CUDA's headers take 30 ms of every compilation.
+// Element types: packing pairs of 16-bit values, widening 8-bit ones. Types of our own: an
+// attention kernel needs two conversions, and CUDA's headers take 30 ms of every compilation.
 #pragma once
 
 #include "fi/core/types.h"

@@ -31,8 +31,8 @@ __device__ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint3
                                     uint32_t b1);
 
 template <>
-__device__ inline void mma_m16n8k16<BFloat16>(float (&c)[4], const uint32_t (&a)[4],
-                                              uint32_t b0, uint32_t b1) {
+__device__ inline void mma_m16n8k16<BFloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                              uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};\n"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

@@ -10,11 +10,10 @@ namespace fi::sm80 {
 template <class S, int kCount>
 __device__ inline void store_elements(typename S::Element* to, const float (&x)[kCount]) {
   using Ops = ElementOps<typename S::Element>;
-  if constexpr (S::kAligned) {
-#pragma unroll
-    for (int i = 0; i < kCount; i += 2) {
-      reinterpret_cast<uint32_t*>(to)[i / 2] = Ops::pack(x[i], x[i + 1]);
-    }
+  if constexpr (S::kAligned && kCount == 4) {
+    *reinterpret_cast<uint2*>(to) = {Ops::pack(x[0], x[1]), Ops::pack(x[2], x[3])};
+  } else if constexpr (S::kAligned) {
+    *reinterpret_cast<uint32_t*>(to) = Ops::pack(x[0], x[1]);
   } else {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) to[i] = Ops::from_float(x[i]);

@@ -18,7 +18,7 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
 
   const KvLoader<S, T> loader(p, current, smem);
   const int num_tiles = loader.num_tiles();
-  // The stages' tokens over all threads.
+  // Page ids of all stages at once, a token a thread.
   constexpr int kTokens = T::kStages * T::kKvTile;
   constexpr int kRounds = (kTokens + T::kThreads - 1) / T::kThreads;
   int32_t first_pages[kRounds];

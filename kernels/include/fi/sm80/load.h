@@ -60,15 +60,19 @@ __device__ inline VariantBox box_of(const WorkItem& item) {
           0};
 }
 
-// Makes the next item the current one; a CTA barrier before and after. The box of a node item's
-// rows is empty until load_rows().
+// Makes the next item the current one; a CTA barrier before and after. An item without a hole gets
+// an empty one at its end: the main loop need not ask. The box of a node item's rows is empty until
+// load_rows().
 template <class S>
 __device__ inline void advance_item(const KernelParams& p, CurrentItem& current) {
   constexpr uint32_t kWords = sizeof(WorkItem) / 4;
   const uint32_t thread = ptx::thread_index();
   if (thread < kWords) {
-    reinterpret_cast<int32_t*>(&current.item)[thread] =
-        reinterpret_cast<const int32_t*>(&current.next)[thread];
+    const WorkItem& next = current.next;
+    const int32_t* word = reinterpret_cast<const int32_t*>(&next) + thread;
+    const bool is_of_hole = word == &next.hole_begin || word == &next.hole_end;
+    if (is_of_hole && next.hole_end <= next.hole_begin) word = &next.kv_end;
+    reinterpret_cast<int32_t*>(&current.item)[thread] = *word;
   } else if (thread == 32) {  // a warp of its own: the row may have to be looked up
     constexpr int32_t kLow = -(1 << 30), kHigh = 1 << 30;
     current.pages = page_row(p.table, current.next.table_row);
@@ -194,25 +198,23 @@ __device__ inline void load_q(const KernelParams& p, int num_rows, const Variant
   }
 }
 
-// The KV positions of an item in tiles: two runs, before and after the hole.
+// The KV positions of an item in tiles: two runs, before and after the hole (advance_item).
 template <int kKvTile>
 struct KvTiles {
   const WorkItem& item;
 
-  __device__ bool has_hole() const { return item.hole_end > item.hole_begin; }
   __device__ int32_t tiles_before_hole() const {
-    return ceil_div((has_hole() ? item.hole_begin : item.kv_end) - item.kv_begin, kKvTile);
+    return ceil_div(item.hole_begin - item.kv_begin, kKvTile);
   }
   __device__ int32_t count() const {
-    if (!has_hole()) return tiles_before_hole();
     return tiles_before_hole() + ceil_div(item.kv_end - item.hole_end, kKvTile);
   }
   __device__ int32_t begin(int32_t tile) const {
-    if (!has_hole() || tile < tiles_before_hole()) return item.kv_begin + tile * kKvTile;
+    if (tile < tiles_before_hole()) return item.kv_begin + tile * kKvTile;
     return item.hole_end + (tile - tiles_before_hole()) * kKvTile;
   }
   __device__ int32_t end(int32_t tile) const {
-    return has_hole() && tile < tiles_before_hole() ? item.hole_begin : item.kv_end;
+    return tile < tiles_before_hole() ? item.hole_begin : item.kv_end;
   }
 };
 

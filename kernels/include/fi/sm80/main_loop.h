@@ -79,8 +79,11 @@ class WarpLoop {
     const MaskKind kind = mask_kind(kv_begin, kv_end);
     if (is_idle() || kind == MaskKind::kEmpty) return;
     const int first = first_col();
+    constexpr int kSteps = T::kWarpCols / kStepCols<S, V, T>;
+    static_assert(kSteps * kStepCols<S, V, T> == T::kWarpCols);
 #pragma unroll 1
-    for (int c = first; c < first + T::kWarpCols; c += kStepCols<S, V, T>) {
+    for (int i = 0; i < kSteps; ++i) {
+      const int c = first + i * kStepCols<S, V, T>;
       step(smem_q, smem_kv + c * kPlan.pitch_k, smem_kv + kPlan.stage_k + c * kPlan.pitch_v,
            kv_begin + c, kv_end, kind, state);
     }

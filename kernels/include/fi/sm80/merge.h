@@ -9,15 +9,16 @@ namespace fi::sm80 {
 
 // Where the states of one row lie: state i at row first + i * stride of the partial buffers.
 struct States {
-  int64_t first;
-  int count, stride;
+  int first, count, stride;
 };
 
 // Adds a row's states, in order. kBatch of them are fetched at a time: one after the other would
 // cost an L2 latency each.
-template <class S, int kBatch, bool kSoftmax, int kQuads>
+template <class S, int kQuads, int kBatch, bool kSoftmax, int kMaxQuads>
 __device__ inline void add_states(const KernelParams& p, const States& states, int lane,
-                                  RowMerge<kSoftmax, kQuads>& merge) {
+                                  RowMerge<kSoftmax, kMaxQuads>& merge) {
+  constexpr int kQuadsOfRow = S::kHeadDimVo / 4, kLanes = kLanesOfRow<S, kQuads>;
+  const float4* part = reinterpret_cast<const float4*>(p.partial_o) + lane;
   for (int begin = 0; begin < states.count; begin += kBatch) {
     float lse[kBatch];
     float4 o[kBatch][kQuads];
@@ -25,12 +26,14 @@ __device__ inline void add_states(const KernelParams& p, const States& states, i
     for (int i = 0; i < kBatch; ++i) {
       // Past the last one: the last one again, and not used.
       const int state = min_i32(begin + i, states.count - 1);
-      const int64_t at = states.first + static_cast<int64_t>(state) * states.stride;
+      const int64_t at = states.first + state * states.stride;
       lse[i] = kSoftmax ? __ldcg(p.partial_lse + at) : 0.0f;
-      const float4* row = reinterpret_cast<const float4*>(p.partial_o + at * S::kHeadDimVo);
+      const float4* quad = part + at * kQuadsOfRow;
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) {
-        o[i][q] = __ldcg(row + min_i32(lane + q * kLanesOfRow<S, kQuads>, S::kHeadDimVo / 4 - 1));
+        // Past the row's end, where it does not divide: the last one, and not used.
+        const bool exists = kQuadsOfRow % kQuads == 0 || lane + q * kLanes < kQuadsOfRow;
+        o[i][q] = __ldcg(quad + (exists ? q * kLanes : kQuadsOfRow - 1 - lane));
       }
     }
     ptx::finish_loads();
@@ -59,33 +62,6 @@ struct CompletedUnits {
   int count, most_rows;
 };
 
-// A row of a merge unit.
-struct UnitRow {
-  const MergeUnit* unit;
-  const PlannedRequest* request;
-  int kv_head;
-  int row;     // of the unit
-  int packed;  // of the request
-};
-
-// All states of a row, kQuads times four components a lane: with few of them a lane has registers
-// for many states at once.
-template <class S, class V, int kQuads, int kBatch, class ClassRows>
-__device__ inline RowMerge<V::kSoftmax, kQuads> merge_row(const KernelParams& p,
-                                                          const PlanView& plan,
-                                                          ClassRows class_rows, const UnitRow& at,
-                                                          int lane) {
-  RowMerge<V::kSoftmax, kQuads> merge;
-  for (int l = at.request->link_begin; l <= at.request->link_end; ++l) {
-    States states = {at.unit->partial_row + at.row, at.unit->num_splits, at.unit->num_rows};
-    if (l < at.request->link_end) {
-      states = states_in_node(plan, class_rows, plan.links[l], at.kv_head, at.packed);
-    }
-    add_states<S, kBatch>(p, states, lane, merge);
-  }
-  return merge;
-}
-
 // Merges the units that an item completed, of one KV head, listed in shared memory. kMaxRows: of
 // the largest tile class. kThreads: of the CTA.
 template <class S, class V, int kMaxRows, int kThreads, class ClassRows>
@@ -110,14 +86,19 @@ __device__ inline void merge_units(const KernelParams& p, const PlanView& plan,
     const int tile_index = (unit_index - request.unit_base) - kv_head * request.num_tiles;
     const int packed = tile_index * class_rows(request.tile_class) + row;
     RowMerge<V::kSoftmax, kMaxQuads> merge;
-    const UnitRow unit_row = {&unit, &request, kv_head, row, packed};
-    if (share.quads == 1) {
-      merge.take(merge_row<S, V, 1, 12>(p, plan, class_rows, unit_row, share.lane));
-    } else if (kMaxQuads == 4 || share.quads == 4) {
-      merge.take(merge_row<S, V, 4, 3>(p, plan, class_rows, unit_row, share.lane));
-    } else {
-      constexpr int kBatch = kMaxRows <= 64 ? 4 : 2;
-      merge.take(merge_row<S, V, kMaxQuads, kBatch>(p, plan, class_rows, unit_row, share.lane));
+    for (int l = request.link_begin; l <= request.link_end; ++l) {
+      States states = {unit.partial_row + row, unit.num_splits, unit.num_rows};
+      if (l < request.link_end) {
+        states = states_in_node(plan, class_rows, plan.links[l], kv_head, packed);
+      }
+      if (share.quads == 1) {
+        add_states<S, 1, 12>(p, states, share.lane, merge);
+      } else if (kMaxQuads == 4 || share.quads == 4) {
+        add_states<S, 4, 3>(p, states, share.lane, merge);
+      } else {
+        constexpr int kBatch = kMaxRows <= 64 ? 4 : 2;
+        add_states<S, kMaxQuads, kBatch>(p, states, share.lane, merge);
+      }
     }
     const int local = packed / S::kGroupSize;
     const VariantRow who = {request.kv_len - request.q_len + local,
