@@ -29,10 +29,10 @@ _MIN_THREADS, _MAX_THREADS = 128, 512
 # Requests that a thread takes in one round, where there are more of them than threads.
 _MOST_PER_THREAD = 4
 
-# threads, scratch in shared memory, Mode of planner_params.h
+# bounds of the launch, threads, scratch in shared memory, Mode of planner_params.h
 SOURCE = """#include "fi/common/planner_block.h"
 
-extern "C" __global__ void __launch_bounds__({threads})
+extern "C" __global__ void __launch_bounds__({bounds})
 fi_plan(const __grid_constant__ fi::PlanKernelParams p) {{
   fi::planner::run<{threads}, {in_shared}, fi::planner::Mode{{{mode}}}>(p);
 }}
@@ -88,12 +88,18 @@ class PlanKernel:
         mode += "" if params.is_invariant or params.is_narrow else ", 64-bit costs"
         mode += ", nodes" if params.has_nodes else ""
         place = "" if in_shared else ", scratch in global memory"
+        # Plans of nodes take more registers than the compiler likes to give.
+        bounds = f"{threads}, 1" if params.has_nodes else str(threads)
+        source = SOURCE.format(
+            bounds=bounds,
+            threads=threads,
+            in_shared=bool_literal(in_shared),
+            mode=_mode(params, per_thread),
+        )
         return DeviceKernel(
             title=f"planner, {threads} threads of {per_thread}{mode}{place}",
             entry="fi_plan",
-            source=SOURCE.format(
-                threads=threads, in_shared=bool_literal(in_shared), mode=_mode(params, per_thread)
-            ),
+            source=source,
             shared_bytes=scratch if in_shared else 0,
         )
 

@@ -233,6 +233,32 @@ def broken_forest_case(seed: int) -> PlanCase:
     )
 
 
+def serving_forest(num_requests: int, seed: int, **changes: object) -> PlanCase:
+    """Decodes of 8,192 tokens and more in a few groups, with some requests beside them."""
+    draw = Random(seed)
+    q_lens = [draw.choice([1] * 60 + [4, 0, 512]) for _ in range(num_requests)]
+    kv_lens = [8192 + q + draw.randint(0, 4000) for q in q_lens]
+    nodes = random_nodes(draw, q_lens, kv_lens, 12, 64)
+    node_capacity = NodeCapacity(256, 8 * num_requests, 16 * num_requests)
+    capacity = (num_requests, max(8192, sum(q_lens)), 131_072)
+    base = PlanCase(
+        f"serving {seed}",
+        heads=(32, 8),
+        num_ctas=264,
+        band=(-1, 0, 0),
+        chunk=0,
+        classes=[(16, 64, 40, 190), (64, 64, 160, 1240)],
+        capacity=capacity,
+        num_requests=num_requests,
+        qo_indptr=np.cumsum([0, *q_lens]).astype(np.int32),
+        kv_len=np.array(kv_lens, np.int64),
+        node_capacity=node_capacity,
+        nodes=nodes,
+        forest=forest_bytes(nodes, q_lens, node_capacity, num_requests),
+    )
+    return dataclasses.replace(base, **changes)
+
+
 def _query_tokens(kind: str, draw: Random, kv_len: int) -> int:
     if kind == "decode":
         return 1

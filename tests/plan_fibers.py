@@ -115,6 +115,7 @@ Fibers* Fibers::self;
 struct CtaMemory {
   std::vector<std::any> values[2];
   std::vector<int32_t> bits[2], lanes[2], marks;
+  char* scratch;
 };
 
 class FiberBlock {
@@ -134,6 +135,7 @@ class FiberBlock {
   int32_t times_ctas(int32_t n) const { return n * num_ctas_; }
   int32_t over_ctas(int32_t n) const { return n / num_ctas_; }
   void sync() const { fibers_.wait(kAtBarrier); }
+  char* scratch() const { return memory_.scratch; }
   int32_t* marks() const { return memory_.marks.data(); }
   void add(int32_t* to, int32_t value) const { *to += value; }
   void copy_8(void* to, const void* from) {
@@ -248,10 +250,9 @@ class FiberBlock {
 using fi::planner::Mode;
 
 template <Mode kMode>
-void plan(const fi::PlanKernelParams& params, void* scratch, FiberBlock& block) {
+void plan(const fi::PlanKernelParams& params, FiberBlock& block) {
   using Cost = typename fi::planner::CostType<kMode>::Type;
-  const auto at =
-      fi::planner::scratch_at<Cost>(params, static_cast<char*>(scratch));
+  auto at = fi::planner::scratch_at<Cost>(params, block.scratch());
   fi::planner::StepPlanner<FiberBlock, kMode>(params, at, block).run();
 }
 
@@ -280,14 +281,18 @@ auto find_plan(const Mode& mode) {
   return find_plan<kPerThread, 3>(mode);
 }
 
+constexpr int kGuard = 16;  // words past the scratch
+
 // False if a barrier was not reached by all threads.
 extern "C" bool run_planner(const fi::PlanKernelParams* params, int num_ctas, int num_threads,
                             bool is_descending, const Mode* mode) {
   const int64_t bytes = params->scratch_layout.total_bytes;
   const auto run = mode->per_thread == 1 ? find_plan<1>(*mode) : find_plan<4>(*mode);
   for (int cta = 0; cta < num_ctas; ++cta) {
-    std::vector<int64_t> garbage(bytes / 8, 0x7bcdefabcdefabcd);
+    constexpr int64_t kGarbage = 0x7bcdefabcdefabcd;
+    std::vector<int64_t> garbage(bytes / 8 + kGuard, kGarbage);
     CtaMemory memory;
+    memory.scratch = reinterpret_cast<char*>(garbage.data());
     for (auto& values : memory.values) values.resize(num_threads);
     for (auto& bits : memory.bits) bits.resize(num_threads);
     for (auto& lanes : memory.lanes) lanes.resize(num_threads);
@@ -295,9 +300,11 @@ extern "C" bool run_planner(const fi::PlanKernelParams* params, int num_ctas, in
     Fibers fibers{num_threads, std::min(num_threads, FiberBlock::kWarp), 0, is_descending};
     fibers.body = [&](int thread) {
       FiberBlock block(fibers, memory, thread, cta, num_ctas);
-      run(*params, garbage.data(), block);
+      run(*params, block);
     };
     fibers.run();
+    const auto is_spoilt = [](int64_t word) { return word != kGarbage; };
+    if (std::any_of(garbage.end() - kGuard, garbage.end(), is_spoilt)) std::abort();
     if (fibers.has_failed) return false;
   }
   return true;

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-from random import Random
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from plan_batches import (
     forest_case,
     plan_of_explicit_nodes,
     plan_on_host,
+    serving_forest,
 )
 from plan_fibers import Launch, build, empty_plan, plan_on_fibers, run_params
 from plan_forests import (
@@ -25,7 +25,6 @@ from plan_forests import (
     NodeCapacity,
     capacity_of,
     forest_bytes,
-    random_nodes,
 )
 
 from fi_backend import PagedBatch, _core, errors, plan_kernel
@@ -192,36 +191,10 @@ def test_steps_that_share_nothing(fibers: ctypes.CDLL, launch: Launch) -> None:
             assert status == 0
 
 
-def serving(num_requests: int, seed: int, **changes: object) -> PlanCase:
-    """Decodes of 8,192 tokens and more in a few groups, with some requests beside them."""
-    draw = Random(seed)
-    q_lens = [draw.choice([1] * 60 + [4, 0, 512]) for _ in range(num_requests)]
-    kv_lens = [8192 + q + draw.randint(0, 4000) for q in q_lens]
-    nodes = random_nodes(draw, q_lens, kv_lens, 12, 64)
-    node_capacity = NodeCapacity(256, 8 * num_requests, 16 * num_requests)
-    capacity = (num_requests, max(8192, sum(q_lens)), 131_072)
-    base = PlanCase(
-        f"serving {seed}",
-        heads=(32, 8),
-        num_ctas=264,
-        band=(-1, 0, 0),
-        chunk=0,
-        classes=[(16, 64, 40, 190), (64, 64, 160, 1240)],
-        capacity=capacity,
-        num_requests=num_requests,
-        qo_indptr=np.cumsum([0, *q_lens]).astype(np.int32),
-        kv_len=np.array(kv_lens, np.int64),
-        node_capacity=node_capacity,
-        nodes=nodes,
-        forest=forest_bytes(nodes, q_lens, node_capacity, num_requests),
-    )
-    return dataclasses.replace(base, **changes)
-
-
 @pytest.mark.parametrize("num_ctas", [264, 396])
 @pytest.mark.parametrize("num_requests", [256, 1024])
 def test_steps_of_serving_size(fibers: ctypes.CDLL, num_requests: int, num_ctas: int) -> None:
-    cases = [serving(num_requests, seed, num_ctas=num_ctas) for seed in range(3)]
+    cases = [serving_forest(num_requests, seed, num_ctas=num_ctas) for seed in range(3)]
     assert sum(len(case.nodes) for case in cases) > 10
     for case in cases:
         assert_planned(fibers, case, Launch(4, 288, 4))
@@ -238,7 +211,7 @@ def test_one_group_of_decodes(
     nodes = [ForestNode(tuple(range(num_requests)), 0, 8192)]
     node_capacity = capacity_of(nodes, q_lens)
     for num_ctas in (1, 7, 132, 1000):
-        case = serving(
+        case = serving_forest(
             num_requests, 0, heads=heads, num_ctas=num_ctas, nodes=nodes,
             capacity=(num_requests, num_requests, 16_384), node_capacity=node_capacity,
             qo_indptr=np.arange(num_requests + 1, dtype=np.int32),
@@ -319,7 +292,7 @@ def test_where_planners_take_forests(
 
 
 def test_usual_capacities_plan_in_shared_memory() -> None:
-    config = serving(1024, 0).config()
+    config = serving_forest(1024, 0).config()
     kernel = PlanKernel.device_kernel(config, config.layout())
     assert kernel.title == "planner, 288 threads of 4, 64-bit costs, nodes"
     assert 0 < kernel.shared_bytes <= plan_kernel.MAX_SHARED_BYTES
@@ -337,7 +310,9 @@ def test_usual_capacities_plan_in_shared_memory() -> None:
     ],
 )
 def test_compiles_without_spills(arch: str, threads: int, in_shared: str, mode: str) -> None:
-    source = plan_kernel.SOURCE.format(threads=threads, in_shared=in_shared, mode=mode)
+    source = plan_kernel.SOURCE.format(
+        bounds=f"{threads}, 1", threads=threads, in_shared=in_shared, mode=mode
+    )
     cubin = compile_cubin(source, arch)
     assert (cubin.spill_bytes, cubin.stack_bytes) == (0, 0), cubin.log
     assert "warning" not in cubin.log

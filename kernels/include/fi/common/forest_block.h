@@ -17,7 +17,7 @@ template <int32_t kThreads>
 class CudaBlock : public planner::CudaBlock<kThreads, true, false> {
  public:
   __device__ explicit CudaBlock(BlockMemory<kThreads>* memory)
-      : planner::CudaBlock<kThreads, true, false>(&memory->scans), memory_(memory) {}
+      : planner::CudaBlock<kThreads, true, false>(&memory->scans, nullptr), memory_(memory) {}
 
   // Smallest value of all threads.
   __device__ int32_t min(int32_t value) {

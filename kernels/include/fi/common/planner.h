@@ -20,8 +20,7 @@ class StepPlanner {
   using Cost = typename CostType<kMode>::Type;
 
  public:
-  FI_HOST_DEVICE StepPlanner(const PlanKernelParams& params, const Scratch<Cost>& scratch,
-                             Block& block)
+  FI_HOST_DEVICE StepPlanner(const PlanKernelParams& params, Scratch<Cost>& scratch, Block& block)
       : p(params), s(scratch), block_(block), tiles_(params), out_(params) {}
 
   FI_HOST_DEVICE void run() {
@@ -357,7 +356,7 @@ class StepPlanner {
   }
 
   const PlanKernelParams& p;
-  const Scratch<Cost>& s;
+  Scratch<Cost>& s;
   Block& block_;
   const TileRules<kMode> tiles_;
   const Output out_;

@@ -31,8 +31,8 @@ class CudaBlock {
   using Memory = BlockMemory<kThreads, kHasNodes>;
 
  public:
-  __device__ explicit CudaBlock(Memory* memory)
-      : memory_(memory), log_ctas_(31 - __clz(static_cast<int32_t>(gridDim.x))) {}
+  __device__ explicit CudaBlock(Memory* memory, char* base)
+      : base_(base), memory_(memory), log_ctas_(31 - __clz(static_cast<int32_t>(gridDim.x))) {}
 
   __device__ int32_t thread() const { return static_cast<int32_t>(threadIdx.x); }
   __device__ static constexpr int32_t num_threads() { return kThreads; }
@@ -44,6 +44,7 @@ class CudaBlock {
   __device__ int32_t times_ctas(int32_t n) const { return n << log_ctas_; }
   __device__ int32_t over_ctas(int32_t n) const { return n >> log_ctas_; }
 
+  __device__ char* scratch() const { return base_; }
   __device__ void sync() const { __syncthreads(); }
   __device__ int32_t* marks() const { return memory_->marks; }
   // To a word in the scratch of this CTA, to which others add meanwhile.
@@ -114,8 +115,8 @@ class CudaBlock {
   }
 
   // Sum over the threads before this one; *total: over all. ORs *bits, if given, over all.
-  // num_words: of the sums in words, how many are not zero in the whole warp; those before this
-  // thread are unspecified for the others.
+  // num_words: of the sums in words, how many are not zero in the whole warp, 2, 3 or all; those
+  // before this thread are unspecified for the others.
   template <class Sums>
   __device__ Sums scan(const Sums& value, Sums* total, int32_t* bits = nullptr,
                        int32_t num_words = Memory::kMostWords) {
@@ -160,6 +161,24 @@ class CudaBlock {
     return __builtin_bit_cast(Sums, own);
   }
 
+  // The part of scan_words() before the barrier, for the first words of each lane: those of lanes
+  // before.
+  template <int32_t kCount, class Own>
+  __device__ void scan_first(const Own& words, const int32_t* bits, Own* earlier) {
+    uint32_t sum[kCount];
+#pragma unroll
+    for (int32_t w = 0; w < kCount; ++w) sum[w] = __reduce_add_sync(~0u, words.at[w]);
+    if (warp() < lane() && lane() <= kWarps) {
+#pragma unroll
+      for (int32_t w = 0; w < kCount; ++w) {
+        atomicAdd(&memory_->words[words_turn_][lane()].at[w], sum[w]);
+      }
+    }
+    if (bits && *bits != 0) atomicOr(&memory_->bits[words_turn_], static_cast<uint32_t>(*bits));
+#pragma unroll
+    for (int32_t w = 0; w < kCount; ++w) earlier->at[w] = warp_scan(words.at[w]) - words.at[w];
+  }
+
   // Sums of 32 bits: each warp adds its own to those of all later ones before it scans its lanes,
   // and nothing but a load is left to do after the barrier. Bits are rare.
   template <class Sums>
@@ -170,22 +189,13 @@ class CudaBlock {
     };
     const int32_t turn = words_turn_;
     const auto words = __builtin_bit_cast(Own, value);
-    const auto is_word = [&](int32_t w) { return w < 2 || min_i32(w, 3) < num_words; };
-    Own sum{}, earlier{};
-#pragma unroll
-    for (int32_t w = 0; w < kCount; ++w) {
-      if (is_word(w)) sum.at[w] = __reduce_add_sync(~0u, words.at[w]);
-    }
-    if (warp() < lane() && lane() <= kWarps) {
-#pragma unroll
-      for (int32_t w = 0; w < kCount; ++w) {
-        if (is_word(w)) atomicAdd(&memory_->words[turn][lane()].at[w], sum.at[w]);
-      }
-    }
-    if (bits && *bits != 0) atomicOr(&memory_->bits[turn], static_cast<uint32_t>(*bits));
-#pragma unroll
-    for (int32_t w = 0; w < kCount; ++w) {
-      if (is_word(w)) earlier.at[w] = warp_scan(words.at[w]) - words.at[w];
+    Own earlier{};
+    if (kCount == 2 || num_words == 2) {
+      scan_first<2>(words, bits, &earlier);
+    } else if (num_words == 3) {
+      scan_first<3>(words, bits, &earlier);
+    } else {
+      scan_first<kCount>(words, bits, &earlier);
     }
     __syncthreads();
     const auto before = memory_->words[turn][warp()];
@@ -235,6 +245,7 @@ class CudaBlock {
     return before;
   }
 
+  char* base_;
   Memory* memory_;
   int32_t log_ctas_;
   int32_t turn_ = 0;
@@ -251,8 +262,8 @@ __device__ void run(const PlanKernelParams& p) {
     base = static_cast<char*>(p.scratch) + blockIdx.x * p.scratch_layout.total_bytes;
   }
   using Block = CudaBlock<kThreads, kInShared, kMode.has_nodes>;
-  const auto scratch = scratch_at<typename CostType<kMode>::Type>(p, base);
-  Block block(&memory);
+  auto scratch = scratch_at<typename CostType<kMode>::Type>(p, base);
+  Block block(&memory, base);
   StepPlanner<Block, kMode>(p, scratch, block).run();
 }
 

@@ -79,7 +79,7 @@ class NodePasses {
 
   // A span ends inside this tile.
   FI_HOST_DEVICE void count_cut(int32_t tile) {
-    if (tile < num_tiles()) block_.add(&s.node_cuts[tile / 2], 1 << (tile % 2 * 16));
+    if (tile < num_tiles()) block_.add(&s.node_cuts[tile >> 1], 1 << ((tile & 1) * 16));
   }
 
   FI_HOST_DEVICE Place place_of(int32_t tile) const {
@@ -162,20 +162,20 @@ class NodePasses {
   // there are fewer, which share its tokens. From the last warp on: the first ones write items.
   FI_HOST_DEVICE void write_members(const PlanView& plan) const {
     if (!has_nodes()) return;
-    const int32_t slots = min_i32(block_.num_lanes(), kMaxForestLevels);
+    const int32_t log_slots = highest_bit(min_i32(block_.num_lanes(), kMaxForestLevels));
     const int32_t num_warps = block_.num_threads() / block_.num_lanes();
-    const int32_t per_warp = block_.num_lanes() / slots, slot = block_.lane() % slots;
+    const int32_t per_warp = block_.num_lanes() >> log_slots;
+    const int32_t slot = block_.lane() & ((1 << log_slots) - 1);
     const int32_t warp = block_.times_ctas(num_warps - 1 - block_.warp()) + block_.cta();
-    FI_ROLLED for (int32_t r = warp * per_warp + block_.lane() / slots; r < totals_.num_requests;
-                   r += block_.times_ctas(num_warps * per_warp)) {
+    FI_ROLLED for (int32_t r = warp * per_warp + (block_.lane() >> log_slots);
+                   r < totals_.num_requests; r += block_.times_ctas(num_warps * per_warp)) {
       const ForestRequest shared = forest_view(p).requests[r];
-      // Lanes of a link, a power of two.
-      int32_t lanes = slots;
-      FI_ROLLED for (int32_t links = 1; links < shared.num_links && lanes > 1; links *= 2) {
-        lanes /= 2;
-      }
-      FI_ROLLED for (int32_t l = slot / lanes; l < shared.num_links; l += slots / lanes) {
-        write_link(r, shared.link_begin + l, slot % lanes, lanes, plan);
+      const int32_t log_links =
+          shared.num_links < 2 ? 0 : min_i32(highest_bit(shared.num_links - 1) + 1, log_slots);
+      const int32_t stride = 1 << log_links;
+      FI_ROLLED for (int32_t l = slot & (stride - 1); l < shared.num_links; l += stride) {
+        const int32_t lanes = 1 << (log_slots - log_links);
+        write_link(r, shared.link_begin + l, slot >> log_links, lanes, plan);
       }
     }
   }
@@ -191,7 +191,7 @@ class NodePasses {
 
   // Of a node tile, by its place in the linear order.
   FI_HOST_DEVICE int32_t num_splits(int32_t tile) const {
-    return 1 + (s.node_cuts[tile / 2] >> (tile % 2 * 16) & 0xffff);
+    return 1 + (s.node_cuts[tile >> 1] >> ((tile & 1) * 16) & 0xffff);
   }
 
   FI_HOST_DEVICE ForestLink link_at(int32_t l) const {

@@ -38,8 +38,7 @@ class StepTables {
   static constexpr int32_t kPerThread = kMode.per_thread;
 
  public:
-  FI_HOST_DEVICE StepTables(const PlanKernelParams& params, const Scratch<Cost>& scratch,
-                            Block& block)
+  FI_HOST_DEVICE StepTables(const PlanKernelParams& params, Scratch<Cost>& scratch, Block& block)
       : p(params), s(scratch), block_(block), tiles_(params), forest_(params, scratch, block) {}
 
   // Fills all but the cuts, and writes the plan's requests.
@@ -106,6 +105,7 @@ class StepTables {
     // Time to use while they are on the way.
     block_.template prepare<kParamBytes<kMode>>(p);
     if constexpr (kMode.has_nodes) {
+      s = scratch_at<Cost>(p, block_.scratch());  // anew: no offset is wanted before
       if (forest_.has_nodes() && kPerThread * block_.num_threads() < num_requests_) check_rounds();
       place_most_nodes();
     }
@@ -551,7 +551,7 @@ class StepTables {
   }
 
   const PlanKernelParams& p;
-  const Scratch<Cost>& s;
+  Scratch<Cost>& s;
   Block& block_;
   const TileRules<kMode> tiles_;
   ForestTables<Block, kMode> forest_;  // Mode::has_nodes
