@@ -39,48 +39,66 @@ __device__ inline bool arrive(int32_t* counter, int32_t expected) {
 }
 
 // Running merge of one row's states, of at most kMaxQuads times four components by one lane. States
-// come in batches: a batch is rescaled once, and its exponentials do not wait for each other. The
-// order is fixed, so bits are equal on every run.
+// come in groups: a group is rescaled once, and its exponentials do not wait for each other. Order
+// and groups are fixed and no operation is left for the compiler to fuse, so bits are equal on
+// every run.
 template <bool kSoftmax, int kMaxQuads>
 struct RowMerge {
   float top = neg_infinity();
   float sum = 0.0f;
   float4 total[kMaxQuads] = {};
 
-  // The first `count` of kBatch states.
-  template <int kBatch, int kQuads>
-  __device__ void add(float (&lse_log2)[kBatch], const float4 (&o)[kBatch][kQuads], int count) {
-    float keep = 1.0f;
-    if constexpr (kSoftmax) {
-      float new_top = top;
+  // A group of states, of which the first `count` exist.
+  template <int kGroup, int kQuads>
+  __device__ void add(float (&lse_log2)[kGroup], const float4 (&o)[kGroup][kQuads], int count) {
+    rescale<kQuads>(weigh(lse_log2, count));
+    accumulate<0>(lse_log2, o, count);
+  }
+
+  // Makes weights of a group's lse; returns what is left of the weight of all states before.
+  template <int kGroup>
+  __device__ float weigh(float (&lse_log2)[kGroup], int count) {
+    if constexpr (!kSoftmax) return 1.0f;
+    float new_top = top;
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (i >= count) lse_log2[i] = neg_infinity();
-        new_top = max_nan(new_top, lse_log2[i]);  // a NaN state shows in the result
-      }
-      const float base = new_top == neg_infinity() ? 0.0f : new_top;  // nothing seen: weights of 0
-      keep = exp2_approx(top - base);
-      sum *= keep;
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        lse_log2[i] = exp2_approx(lse_log2[i] - base);  // the state's weight from here on
-        sum += lse_log2[i];
-      }
-      top = new_top;
+    for (int i = 0; i < kGroup; ++i) {
+      if (i >= count) lse_log2[i] = neg_infinity();
+      new_top = max_nan(new_top, lse_log2[i]);  // a NaN state shows in the result
     }
+    const float base = new_top == neg_infinity() ? 0.0f : new_top;  // nothing seen: weights of 0
+    const float keep = exp2_approx(top - base);
+    sum = __fmul_rn(sum, keep);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      lse_log2[i] = exp2_approx(lse_log2[i] - base);
+      sum = __fadd_rn(sum, lse_log2[i]);
+    }
+    top = new_top;
+    return keep;
+  }
+
+  template <int kQuads>
+  __device__ void rescale(float keep) {
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
       float4& t = total[q];
-      t = {t.x * keep, t.y * keep, t.z * keep, t.w * keep};
+      t = {__fmul_rn(t.x, keep), __fmul_rn(t.y, keep), __fmul_rn(t.z, keep), __fmul_rn(t.w, keep)};
     }
+  }
+
+  // States kFirst, kFirst + 1, ... of a group.
+  template <int kFirst, int kGroup, int kBatch, int kQuads>
+  __device__ void accumulate(const float (&weights)[kGroup], const float4 (&o)[kBatch][kQuads],
+                             int count) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (i >= count) break;
-      const float w = kSoftmax ? lse_log2[i] : 1.0f;
+      if (kFirst + i >= count) break;
+      const float w = kSoftmax ? weights[kFirst + i] : 1.0f;
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) {
         float4& t = total[q];
-        t = {t.x + w * o[i][q].x, t.y + w * o[i][q].y, t.z + w * o[i][q].z, t.w + w * o[i][q].w};
+        t = {__fmaf_rn(w, o[i][q].x, t.x), __fmaf_rn(w, o[i][q].y, t.y),
+             __fmaf_rn(w, o[i][q].z, t.z), __fmaf_rn(w, o[i][q].w, t.w)};
       }
     }
   }

@@ -12,32 +12,73 @@ struct States {
   int first, count, stride;
 };
 
+// States that a merge rescales together. Whatever else merges at the same time decides how many
+// lanes a row has and how many states are fetched at once, never this: bits must not depend on it.
+constexpr int kMergeGroup = 4;
+
+// Fetches kBatch states from state `first` on, or the last one again, and their lse.
+template <class S, bool kSoftmax, int kBatch, int kCount, int kQuads>
+__device__ inline void fetch_states(const KernelParams& p, const States& states, int first,
+                                    int lane, float (&lse)[kCount], float4 (&o)[kBatch][kQuads]) {
+  constexpr int kQuadsOfRow = S::kHeadDimVo / 4, kLanes = kLanesOfRow<S, kQuads>;
+  const float4* part = reinterpret_cast<const float4*>(p.partial_o) + lane;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int state = min_i32(first + i, states.count - 1);
+    const int64_t at = states.first + state * states.stride;
+    lse[i] = kSoftmax ? __ldcg(p.partial_lse + at) : 0.0f;
+    if (i >= kBatch) continue;
+    const float4* quad = part + at * kQuadsOfRow;
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      // Past the row's end, where it does not divide: the last one, and not used.
+      const bool exists = kQuadsOfRow % kQuads == 0 || lane + q * kLanes < kQuadsOfRow;
+      o[i][q] = __ldcg(quad + (exists ? q * kLanes : kQuadsOfRow - 1 - lane));
+    }
+  }
+  ptx::finish_loads();
+}
+
 // Adds a row's states, in order. kBatch of them are fetched at a time: one after the other would
 // cost an L2 latency each.
 template <class S, int kQuads, int kBatch, bool kSoftmax, int kMaxQuads>
 __device__ inline void add_states(const KernelParams& p, const States& states, int lane,
                                   RowMerge<kSoftmax, kMaxQuads>& merge) {
-  constexpr int kQuadsOfRow = S::kHeadDimVo / 4, kLanes = kLanesOfRow<S, kQuads>;
-  const float4* part = reinterpret_cast<const float4*>(p.partial_o) + lane;
-  for (int begin = 0; begin < states.count; begin += kBatch) {
-    float lse[kBatch];
-    float4 o[kBatch][kQuads];
+  if constexpr (kBatch < kMergeGroup) {
+    static_assert(kMergeGroup == 2 * kBatch);
+    for (int begin = 0; begin < states.count; begin += kMergeGroup) {
+      const int count = states.count - begin;
+      float lse[kMergeGroup], unused[kBatch];
+      float4 o[kBatch][kQuads];
+      fetch_states<S, kSoftmax>(p, states, begin, lane, lse, o);
+      merge.template rescale<kQuads>(merge.weigh(lse, count));
+      merge.template accumulate<0>(lse, o, count);
+      if (count <= kBatch) break;
+      fetch_states<S, kSoftmax>(p, states, begin + kBatch, lane, unused, o);
+      merge.template accumulate<kBatch>(lse, o, count);
+    }
+  } else {
+    static_assert(kBatch % kMergeGroup == 0);
+    for (int begin = 0; begin < states.count; begin += kBatch) {
+      constexpr int kGroups = kBatch / kMergeGroup;
+      float lse[kBatch];
+      float4 o[kBatch][kQuads];
+      fetch_states<S, kSoftmax>(p, states, begin, lane, lse, o);
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      // Past the last one: the last one again, and not used.
-      const int state = min_i32(begin + i, states.count - 1);
-      const int64_t at = states.first + state * states.stride;
-      lse[i] = kSoftmax ? __ldcg(p.partial_lse + at) : 0.0f;
-      const float4* quad = part + at * kQuadsOfRow;
+      for (int g = 0; g < kGroups; ++g) {
+        const int count = states.count - begin - g * kMergeGroup;
+        if (count <= 0) break;
+        float group_lse[kMergeGroup];
+        float4 group_o[kMergeGroup][kQuads];
 #pragma unroll
-      for (int q = 0; q < kQuads; ++q) {
-        // Past the row's end, where it does not divide: the last one, and not used.
-        const bool exists = kQuadsOfRow % kQuads == 0 || lane + q * kLanes < kQuadsOfRow;
-        o[i][q] = __ldcg(quad + (exists ? q * kLanes : kQuadsOfRow - 1 - lane));
+        for (int i = 0; i < kMergeGroup; ++i) {
+          group_lse[i] = lse[g * kMergeGroup + i];
+#pragma unroll
+          for (int q = 0; q < kQuads; ++q) group_o[i][q] = o[g * kMergeGroup + i][q];
+        }
+        merge.add(group_lse, group_o, count);
       }
     }
-    ptx::finish_loads();
-    merge.add(lse, o, states.count - begin);
   }
 }
 
@@ -94,7 +135,7 @@ __device__ inline void merge_units(const KernelParams& p, const PlanView& plan,
       if (share.quads == 1) {
         add_states<S, 1, 12>(p, states, share.lane, merge);
       } else if (kMaxQuads == 4 || share.quads == 4) {
-        add_states<S, 4, 3>(p, states, share.lane, merge);
+        add_states<S, 4, 4>(p, states, share.lane, merge);
       } else {
         constexpr int kBatch = kMaxRows <= 64 ? 4 : 2;
         add_states<S, kMaxQuads, kBatch>(p, states, share.lane, merge);
