@@ -11,6 +11,7 @@ from fi_backend.formats import CAUSAL, Band, HeadShape
 from fi_backend.variants import Variant, derive_band
 
 MAX_KV_LEN = 1 << 30
+MAX_NODES = (1 << 15) - 1  # the forest's kernel numbers them with 16 bits
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Capacity:
         tokens_each = min(self.max_q_len or 1, self.longest_q_len)
         return replace(
             self,
-            max_nodes=self.max_requests,
+            max_nodes=min(self.max_requests, MAX_NODES),
             max_links=links,
             max_shared_tokens=links * tokens_each,
         )

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from fi_backend import _core
 from fi_backend.class_plans import plan_capacity
+from fi_backend.errors import require
 from fi_backend.formats import PagedBatch
 from fi_backend.jit.kernels import DeviceKernel, bool_literal, load
 from fi_backend.launch import table_view
-from fi_backend.layers import Capacity
+from fi_backend.layers import MAX_NODES, Capacity
 from fi_backend.plan_records import FOREST_HEADER, FOREST_LINK, FOREST_NODE, FOREST_REQUEST
 
 _THREADS = 256
@@ -67,11 +68,21 @@ class PrefixForest:
         layout: where its arrays lie.
         totals: int64 [2] device, kv_tokens and saved_kv_tokens of all steps so far.
 
+    Raises:
+        InvalidInput: more nodes than the kernel can number.
+
     On a GPU one object serves one stream at a time; a captured launch reads the page table it was
     captured with, at any contents.
     """
 
     def __init__(self, capacity: Capacity, device: torch.device) -> None:
+        require(
+            capacity.max_nodes <= MAX_NODES,
+            "capacity.max_nodes",
+            f"at most {MAX_NODES}",
+            capacity.max_nodes,
+            "with_sharing() stays below",
+        )
         self._capacity = plan_capacity(capacity)
         self.layout = _core.forest_layout(self._capacity)
         self.data = torch.zeros(self.layout.total_bytes, dtype=torch.uint8, device=device)

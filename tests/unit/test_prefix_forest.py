@@ -10,7 +10,7 @@ import pytest
 import torch
 from forest_steps import MAX_MEMBER_TOKENS, Step, nodes_of, random_step, shared_ranges
 
-from fi_backend import Capacity, PagedBatch, PageTable, prefix_forest
+from fi_backend import Capacity, InvalidInput, PagedBatch, PageTable, prefix_forest
 from fi_backend.jit.nvrtc import compile_cubin
 from fi_backend.plan_records import NODES_DECLINED
 
@@ -150,3 +150,13 @@ def test_compiles_without_spills(arch: str, max_requests: int) -> None:
     cubin = compile_cubin(prefix_forest.forest_kernel(capacity).source, arch)
     assert (cubin.spill_bytes, cubin.stack_bytes) == (0, 0), cubin.log
     assert "warning" not in cubin.log
+
+
+def test_more_nodes_than_the_kernel_can_number_are_refused() -> None:
+    many = Capacity(40_000, 40_000, 1024)
+    prefix_forest.PrefixForest(many.with_sharing(), torch.device("cpu"))
+    too_many = Capacity(40_000, 40_000, 1024, 40_000, 40_000, 40_000)
+    with pytest.raises(
+        InvalidInput, match=r"capacity\.max_nodes: expected at most 32767, got 40000"
+    ):
+        prefix_forest.PrefixForest(too_many, torch.device("cpu"))
