@@ -1,5 +1,7 @@
 """Types of the native core. Tensors cross as addresses (int) and strides (elements)."""
 
+from torch import Tensor
+
 # --- Planner (bindings/bind_plan.cc)
 
 class Band:
@@ -256,6 +258,32 @@ class KernelParams:
     arrivals: int
     def __init__(self) -> None: ...
     def set_variant_params(self, params: list[tuple[int, tuple[int, int, int], float]]) -> None: ...
+
+class CallTensors:
+    # Of q, k, v, out and lse; lse may be None.
+    def take(
+        self,
+        params: KernelParams,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor | None,
+        scale: float,
+        is_partial: bool,
+    ) -> int: ...
+    def remember(
+        self,
+        params: KernelParams,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor | None,
+        scale: float,
+        is_partial: bool,
+    ) -> int: ...
+    def forget(self) -> None: ...
 
 def device_info(device: int) -> DeviceInfo: ...
 def launch_attention(

@@ -81,8 +81,15 @@ def attention(
         out = torch.empty(shape, dtype=dtype, device=q.device)
     if scale is None:
         scale = heads.head_dim_qk**-0.5
-    scales = (q_scale, k_scale, v_scale)
-    if params:
+    # Each argument costs time in torch's dispatcher, a default that is left out less.
+    has_scales = q_scale is not None or k_scale is not None or v_scale is not None
+    if not (params or has_scales or partial or lse is not None):
+        _attention_op(slot.handle, q, kv.k, kv.v, out, scale)
+    elif not params:
+        _attention_op(
+            slot.handle, q, kv.k, kv.v, out, scale, lse, q_scale, k_scale, v_scale, partial
+        )
+    else:
         tensors, names, numbers = _split_params(params)
         _attention_op(
             slot.handle,
@@ -92,14 +99,14 @@ def attention(
             out,
             scale,
             lse,
-            *scales,
+            q_scale,
+            k_scale,
+            v_scale,
             partial,
             tensors,
             names,
             numbers,
         )
-    else:
-        _attention_op(slot.handle, q, kv.k, kv.v, out, scale, lse, *scales, partial)
     return out
 
 

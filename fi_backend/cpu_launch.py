@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -46,8 +46,9 @@ class CpuLaunch(SlotLaunch):
         )
         params.band = _core.Band(band.left, band.right, band.sink_prefix)
 
-    def run(self, slot: PlanSlot, call: Call) -> None:
+    def run(self, slot: PlanSlot, *arguments: Any, **_: Any) -> None:
         """Compute one layer in the calling thread and torch's number of others."""
+        call = Call(*arguments)
         if slot.num_plans != self._num_plans:
             self._set_step(slot)
         self._set_shapes(slot, call)

@@ -83,7 +83,7 @@ class CudaLaunch(SlotLaunch):
         self._num_tokens = 0  # of that plan; 0: only the device knows
         self._num_requests = 0
         self._plain = self._aligned_strides = True
-        self._shapes: tuple[object, ...] = ()
+        self._tensors = _core.CallTensors()
         self._scales: tuple[object, ...] = ()  # empty: none in the parameter block
         params = self._params = _core.KernelParams()
         params.num_qo_heads, params.num_kv_heads = heads.num_qo_heads, heads.num_kv_heads
@@ -95,50 +95,52 @@ class CudaLaunch(SlotLaunch):
         params.partial_lse = slot.partial_lse.data_ptr()
         params.arrivals = slot.arrivals.data_ptr()
 
-    def run(self, slot: PlanSlot, call: Call) -> None:
+    def run(  # noqa: PLR0917 (the op calls by position)
+        self,
+        slot: PlanSlot,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        scale: float,
+        lse: Tensor | None = None,
+        q_scale: Tensor | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+        partial: bool = False,
+        tensors: list[Tensor] | None = None,
+        names: str = "",
+        numbers: list[float] | None = None,
+    ) -> None:
         """Launch one layer on the current stream of the slot's device."""
         if slot.batch is not self._batch or slot.checks_values:
-            self._set_step(slot, call)
-        q, k, v, out, scale, lse, q_scale, k_scale, v_scale = call[:9]
-        # One flat tuple: comparing shapes is most of what a call costs.
-        shapes = (
-            *(q.shape, q.stride(), q.dtype, q.device),
-            *(k.shape, k.stride(), k.dtype, k.device),
-            *(v.shape, v.stride(), v.dtype, v.device),
-            *(out.shape, out.stride(), out.dtype, out.device),
-            None if lse is None else (lse.shape, lse.stride(), lse.dtype, lse.device),
-        )
-        if shapes != self._shapes:
-            self._set_shapes(slot, call)
-            self._shapes = shapes
-        params, kv = self._params, self.kv
-        q_addr, k_addr, v_addr, out_addr = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
-        kv.k, kv.v = k_addr, v_addr
-        params.kv = kv
-        params.q, params.out = q_addr, out_addr
-        params.lse = 0 if lse is None else lse.data_ptr()
+            self._set_step(slot, k)
         if not scale > 0.0:
             raise InvalidInput(
                 contract_message("scale", "a positive number on a GPU", scale, _FLIP_Q)
             )
-        params.scale = scale
-        params.is_partial = call.partial
+        params = self._params
+        low_bits = self._tensors.take(params, q, k, v, out, lse, scale, partial)
+        if low_bits < 0:
+            self._set_shapes(slot, Call(q, k, v, out, scale, lse))
+            low_bits = self._tensors.remember(params, q, k, v, out, lse, scale, partial)
         if q_scale is not None or k_scale is not None or v_scale is not None or self._scales:
             self._set_scales(q_scale, k_scale, v_scale)
-        if call.names or self._variant.variant is not None:
+        if names or self._variant.variant is not None:
+            scales = (q_scale, k_scale, v_scale)
+            call = Call(q, k, v, out, scale, lse, *scales, partial, tensors, names, numbers)
             self._variant.update(params, call, self._num_requests, self._num_tokens)
-        aligned = self._aligned_strides and (q_addr | k_addr | v_addr | out_addr) % ALIGNMENT == 0
-        kernel = self._kernels.get(self._plain, aligned)
+        kernel = self._kernels.get(self._plain, self._aligned_strides and low_bits == 0)
         stream = self._current_stream(self._index)
         _core.launch_attention(kernel, params, self._grid, self._threads, stream)
 
-    def _set_step(self, slot: PlanSlot, call: Call) -> None:
+    def _set_step(self, slot: PlanSlot, k: Tensor) -> None:
         """Take the page table of a step; with FI_CHECK=1, let the next checks see its values."""
         batch = planned_batch(slot)
         if batch is not self._batch:
             table = batch.page_table
             if self._batch is None or self._batch.page_table.page_size != table.page_size:
-                self._shapes = ()
+                self._tensors.forget()
             self._params.table = table_view(batch)
             self._params.page_shift = table.page_size.bit_length() - 1
             self._plain = is_plain(table)
@@ -147,12 +149,12 @@ class CudaLaunch(SlotLaunch):
         if not slot.checks_values:
             return
         if is_capturing(self.device):  # steps that are replayed are checked when they are planned
-            slot.captured_pages = max(slot.captured_pages, call.k.shape[0])
+            slot.captured_pages = max(slot.captured_pages, k.shape[0])
         if slot.num_plans != self._num_plans:
             host = slot.host_batch
             self._num_tokens = 0 if host is None else int(host.qo_indptr[-1])
             self._num_plans = slot.num_plans
-            self._shapes = ()
+            self._tensors.forget()
 
     def _set_shapes(self, slot: PlanSlot, call: Call) -> None:
         """Check tensors and take their strides."""
@@ -162,6 +164,7 @@ class CudaLaunch(SlotLaunch):
             check_page_ids(slot.host_batch, call.k.shape[0], self.planned_band)
         self._params.out_is_float32 = call.out.dtype == torch.float32
         self.set_strides(self._params, call)
+        self._params.kv = self.kv
         self._aligned_strides = has_aligned_strides(call.q, call.k, call.v, call.out)
 
     def _set_scales(self, *scales: Tensor | None) -> None:

@@ -8,7 +8,7 @@ once per change of them; what is left per call is a comparison and the addresses
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ ATTENTION_SCHEMA = (
 def run_attention(handle: int, *arguments: object) -> None:
     """Run torch.ops.fi_backend.attention on the device of the slot; see ``attention``."""
     slot = find_slot(handle)
-    slot.launch.run(slot, Call(*arguments))  # type: ignore[arg-type]
+    slot.launch.run(slot, *arguments)
 
 
 class SlotLaunch(ABC):
@@ -74,8 +74,12 @@ class SlotLaunch(ABC):
         self.kv = _core.KvCacheView()
 
     @abstractmethod
-    def run(self, slot: PlanSlot, call: Call) -> None:
+    def run(self, slot: PlanSlot, *arguments: Any, **_: Any) -> None:
         """Compute one layer of the step that ``slot`` was planned for last.
+
+        Args:
+            slot: of the layer's class.
+            arguments: the fields of ``Call``, in order; those with defaults may be left out.
 
         Raises:
             InvalidInput: as ``attention``.

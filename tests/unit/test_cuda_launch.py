@@ -158,7 +158,7 @@ def test_refusals_leave_the_slot_usable(
     for _ in range(2):
         arguments = {"q": make_q(), "kv": make_kv()} | changes
         with pytest.raises(fi.InvalidInput, match=match):
-            slot.launch.run(slot, call_of(**arguments))
+            slot.launch.run(slot, *call_of(**arguments))
     assert not launches.calls
     fi.attention(slot, make_q(), make_kv())
     assert len(launches.calls) == 1
