@@ -12,7 +12,7 @@ from fi_backend.checks import used_capacity
 from fi_backend.custom_op import register_op
 from fi_backend.formats import CAUSAL, Band, HeadShape, KvCacheView, PagedBatch
 from fi_backend.host_batch import to_host
-from fi_backend.launch import ATTENTION_SCHEMA, run_attention
+from fi_backend.launch import ATTENTION_SCHEMA, PLAIN_SCHEMA, run_attention
 from fi_backend.layers import Capacity, LayerClass
 from fi_backend.planner import StepPlanner
 from fi_backend.variants import Variant
@@ -20,7 +20,9 @@ from fi_backend.variants import Variant
 if TYPE_CHECKING:
     from fi_backend.planner import PlanSlot
 
-register_op(ATTENTION_SCHEMA, run_attention, lambda *_: None, run_attention)
+for _schema in (PLAIN_SCHEMA, ATTENTION_SCHEMA):
+    register_op(_schema, run_attention, lambda *_: None, run_attention)
+_plain_op = torch.ops.fi_backend.attention_plain.default
 _attention_op = torch.ops.fi_backend.attention.default
 
 
@@ -74,17 +76,16 @@ def attention(
     Stream: on a GPU the kernel is launched on the current stream of the slot's device; the CPU
         engine returns when out is complete. One call per workspace at a time.
     """
-    heads = slot.layer_class.heads
     if out is None:
+        heads = slot.layer_class.heads
         dtype = torch.float32 if partial else q.dtype
         shape = (q.shape[0], heads.num_qo_heads, heads.head_dim_vo)
         out = torch.empty(shape, dtype=dtype, device=q.device)
     if scale is None:
-        scale = heads.head_dim_qk**-0.5
-    # Each argument costs time in torch's dispatcher, a default that is left out less.
+        scale = slot.default_scale
     has_scales = q_scale is not None or k_scale is not None or v_scale is not None
     if not (params or has_scales or partial or lse is not None):
-        _attention_op(slot.handle, q, kv.k, kv.v, out, scale)
+        _plain_op(slot.handle, q, kv.k, kv.v, out, scale)
     elif not params:
         _attention_op(
             slot.handle, q, kv.k, kv.v, out, scale, lse, q_scale, k_scale, v_scale, partial

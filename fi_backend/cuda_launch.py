@@ -130,7 +130,7 @@ class CudaLaunch(SlotLaunch):
             scales = (q_scale, k_scale, v_scale)
             call = Call(q, k, v, out, scale, lse, *scales, partial, tensors, names, numbers)
             self._variant.update(params, call, self._num_requests, self._num_tokens)
-        kernel = self._kernels.get(self._plain, self._aligned_strides and low_bits == 0)
+        kernel = self._kernels.get(self._plain, self._aligned_strides and not low_bits)
         stream = self._current_stream(self._index)
         _core.launch_attention(kernel, params, self._grid, self._threads, stream)
 

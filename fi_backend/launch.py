@@ -50,16 +50,19 @@ class Call(NamedTuple):
     numbers: list[float] | None = None
 
 
-# Positional arguments with defaults: torch passes lists and keywords at several times their cost.
+# Two ops, for torch's dispatcher takes time for each argument of a schema, passed or not; for lists
+# and keywords several times as much.
+_PLAIN = "int slot, Tensor q, Tensor k, Tensor v, Tensor(a!) out, float scale"
+PLAIN_SCHEMA = f"attention_plain({_PLAIN}) -> ()"
 ATTENTION_SCHEMA = (
-    "attention(int slot, Tensor q, Tensor k, Tensor v, Tensor(a!) out, float scale,"
+    f"attention({_PLAIN},"
     " Tensor(b!)? lse=None, Tensor? q_scale=None, Tensor? k_scale=None, Tensor? v_scale=None,"
     " bool partial=False, Tensor[]? tensors=None, str names='', float[]? numbers=None) -> ()"
 )
 
 
 def run_attention(handle: int, *arguments: object) -> None:
-    """Run torch.ops.fi_backend.attention on the device of the slot; see ``attention``."""
+    """Run one of the ops on the device of the slot; see ``attention``."""
     slot = find_slot(handle)
     slot.launch.run(slot, *arguments)
 

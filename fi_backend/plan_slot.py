@@ -35,6 +35,7 @@ class PlanSlot:
         host_batch: copy of ``batch`` for such checks; None: none was made.
         captured_pages: pages of the largest cache that a captured graph reads; 0: none is known.
         launch: runs a layer of the class.
+        default_scale: of logits, 1 / sqrt(head_dim_qk).
         handle: number that names this slot in torch operators.
     """
 
@@ -56,6 +57,7 @@ class PlanSlot:
         self.partial_o = workspace.partial_o[: rows * dim].view(rows, dim)
         self.partial_lse = workspace.partial_lse[:rows]
         self.arrivals = workspace.arrivals[: planned.layout.max_units]
+        self.default_scale: float = self.layer_class.heads.head_dim_qk**-0.5
         self.batch: PagedBatch | None = None
         self.num_plans = 0
         self.checks_values = checks_values
