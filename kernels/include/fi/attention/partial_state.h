@@ -52,7 +52,17 @@ struct RowMerge {
   template <int kGroup, int kQuads>
   __device__ void add(float (&lse_log2)[kGroup], const float4 (&o)[kGroup][kQuads], int count) {
     rescale<kQuads>(weigh(lse_log2, count));
-    accumulate<0>(lse_log2, o, count);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      if (i >= count) break;
+      const float w = kSoftmax ? lse_log2[i] : 1.0f;
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        float4& t = total[q];
+        t = {__fmaf_rn(w, o[i][q].x, t.x), __fmaf_rn(w, o[i][q].y, t.y),
+             __fmaf_rn(w, o[i][q].z, t.z), __fmaf_rn(w, o[i][q].w, t.w)};
+      }
+    }
   }
 
   // Makes weights of a group's lse; returns what is left of the weight of all states before.
@@ -83,23 +93,6 @@ struct RowMerge {
     for (int q = 0; q < kQuads; ++q) {
       float4& t = total[q];
       t = {__fmul_rn(t.x, keep), __fmul_rn(t.y, keep), __fmul_rn(t.z, keep), __fmul_rn(t.w, keep)};
-    }
-  }
-
-  // States kFirst, kFirst + 1, ... of a group.
-  template <int kFirst, int kGroup, int kBatch, int kQuads>
-  __device__ void accumulate(const float (&weights)[kGroup], const float4 (&o)[kBatch][kQuads],
-                             int count) {
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (kFirst + i >= count) break;
-      const float w = kSoftmax ? weights[kFirst + i] : 1.0f;
-#pragma unroll
-      for (int q = 0; q < kQuads; ++q) {
-        float4& t = total[q];
-        t = {__fmaf_rn(w, o[i][q].x, t.x), __fmaf_rn(w, o[i][q].y, t.y),
-             __fmaf_rn(w, o[i][q].z, t.z), __fmaf_rn(w, o[i][q].w, t.w)};
-      }
     }
   }
 

@@ -17,17 +17,16 @@ struct States {
 constexpr int kMergeGroup = 4;
 
 // Fetches kBatch states from state `first` on, or the last one again, and their lse.
-template <class S, bool kSoftmax, int kBatch, int kCount, int kQuads>
+template <class S, bool kSoftmax, int kBatch, int kQuads>
 __device__ inline void fetch_states(const KernelParams& p, const States& states, int first,
-                                    int lane, float (&lse)[kCount], float4 (&o)[kBatch][kQuads]) {
+                                    int lane, float (&lse)[kBatch], float4 (&o)[kBatch][kQuads]) {
   constexpr int kQuadsOfRow = S::kHeadDimVo / 4, kLanes = kLanesOfRow<S, kQuads>;
   const float4* part = reinterpret_cast<const float4*>(p.partial_o) + lane;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
+  for (int i = 0; i < kBatch; ++i) {
     const int state = min_i32(first + i, states.count - 1);
     const int64_t at = states.first + state * states.stride;
     lse[i] = kSoftmax ? __ldcg(p.partial_lse + at) : 0.0f;
-    if (i >= kBatch) continue;
     const float4* quad = part + at * kQuadsOfRow;
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
@@ -44,40 +43,24 @@ __device__ inline void fetch_states(const KernelParams& p, const States& states,
 template <class S, int kQuads, int kBatch, bool kSoftmax, int kMaxQuads>
 __device__ inline void add_states(const KernelParams& p, const States& states, int lane,
                                   RowMerge<kSoftmax, kMaxQuads>& merge) {
-  if constexpr (kBatch < kMergeGroup) {
-    static_assert(kMergeGroup == 2 * kBatch);
-    for (int begin = 0; begin < states.count; begin += kMergeGroup) {
-      const int count = states.count - begin;
-      float lse[kMergeGroup], unused[kBatch];
-      float4 o[kBatch][kQuads];
-      fetch_states<S, kSoftmax>(p, states, begin, lane, lse, o);
-      merge.template rescale<kQuads>(merge.weigh(lse, count));
-      merge.template accumulate<0>(lse, o, count);
-      if (count <= kBatch) break;
-      fetch_states<S, kSoftmax>(p, states, begin + kBatch, lane, unused, o);
-      merge.template accumulate<kBatch>(lse, o, count);
-    }
-  } else {
-    static_assert(kBatch % kMergeGroup == 0);
-    for (int begin = 0; begin < states.count; begin += kBatch) {
-      constexpr int kGroups = kBatch / kMergeGroup;
-      float lse[kBatch];
-      float4 o[kBatch][kQuads];
-      fetch_states<S, kSoftmax>(p, states, begin, lane, lse, o);
+  static_assert(kBatch % kMergeGroup == 0);
+  for (int begin = 0; begin < states.count; begin += kBatch) {
+    float lse[kBatch];
+    float4 o[kBatch][kQuads];
+    fetch_states<S, kSoftmax>(p, states, begin, lane, lse, o);
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        const int count = states.count - begin - g * kMergeGroup;
-        if (count <= 0) break;
-        float group_lse[kMergeGroup];
-        float4 group_o[kMergeGroup][kQuads];
+    for (int g = 0; g < kBatch; g += kMergeGroup) {
+      const int count = states.count - begin - g;
+      if (count <= 0) break;
+      float group_lse[kMergeGroup];
+      float4 group_o[kMergeGroup][kQuads];
 #pragma unroll
-        for (int i = 0; i < kMergeGroup; ++i) {
-          group_lse[i] = lse[g * kMergeGroup + i];
+      for (int i = 0; i < kMergeGroup; ++i) {
+        group_lse[i] = lse[g + i];
 #pragma unroll
-          for (int q = 0; q < kQuads; ++q) group_o[i][q] = o[g * kMergeGroup + i][q];
-        }
-        merge.add(group_lse, group_o, count);
+        for (int q = 0; q < kQuads; ++q) group_o[i][q] = o[g + i][q];
       }
+      merge.add(group_lse, group_o, count);
     }
   }
 }
@@ -110,8 +93,10 @@ __device__ inline void merge_units(const KernelParams& p, const PlanView& plan,
                                    ClassRows class_rows, const CompletedUnits& done,
                                    const RequestUnit* units, int kv_head) {
   // Few rows have many splits and lanes enough for all their components. Many rows have few splits,
-  // and what is worked out once for a row counts: weights, the address of its output.
-  constexpr int kMaxQuads = kMaxRows <= 16 ? 4 : 8;
+  // and what is worked out once for a row counts: weights, the address of its output. So it does in
+  // kernels with tiles of 128 rows, but a third width of the sums would add a fifth to the time
+  // that those, the largest of all, take to compile.
+  constexpr int kMaxQuads = kMaxRows == 64 ? 8 : 4;
   const int most_rows = done.most_rows, num_rows = done.count * most_rows;
   RowShare share = share_rows<S, kThreads, kMaxQuads>();
   if (num_rows <= 16) share = share_rows<S, kThreads, 4>();
@@ -133,12 +118,11 @@ __device__ inline void merge_units(const KernelParams& p, const PlanView& plan,
         states = states_in_node(plan, class_rows, plan.links[l], kv_head, packed);
       }
       if (share.quads == 1) {
-        add_states<S, 1, 12>(p, states, share.lane, merge);
+        add_states<S, 1, 16>(p, states, share.lane, merge);
       } else if (kMaxQuads == 4 || share.quads == 4) {
         add_states<S, 4, 4>(p, states, share.lane, merge);
       } else {
-        constexpr int kBatch = kMaxRows <= 64 ? 4 : 2;
-        add_states<S, kMaxQuads, kBatch>(p, states, share.lane, merge);
+        add_states<S, kMaxQuads, 4>(p, states, share.lane, merge);
       }
     }
     const int local = packed / S::kGroupSize;
