@@ -219,6 +219,8 @@ class DeviceInfo:
     def max_shared_bytes(self) -> int: ...
     @property
     def max_shared_bytes_per_sm(self) -> int: ...
+    @property
+    def overlaps_grids(self) -> bool: ...
 
 class Kernel:
     def __init__(
@@ -348,7 +350,12 @@ class PlanKernelParams:
     def __bytes__(self) -> bytes: ...
 
 def launch_plan(
-    kernel: Kernel, params: PlanKernelParams, grid: int, threads: int, stream: int
+    kernel: Kernel,
+    params: PlanKernelParams,
+    grid: int,
+    threads: int,
+    stream: int,
+    overlaps: bool,
 ) -> None: ...
 
 # --- Prefix forest on host and GPU (bindings/bind_forest.cc)

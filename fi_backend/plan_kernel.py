@@ -63,7 +63,9 @@ class PlanKernel:
         self._forest_bytes = config.forest_bytes
         self._threads, _ = _shape(self._params, layout)
         ctas = -(-layout.max_items // _ITEMS_PER_CTA)
-        self._grid = _power_of_two(min(ctas, _core.device_info(self._kernel.device).num_sms))
+        info = _core.device_info(self._kernel.device)
+        self._grid = _power_of_two(min(ctas, info.num_sms))
+        self._can_overlap = self._params.has_nodes and info.overlaps_grids
         self._scratch: Tensor | None = None
         num_bytes = scratch_bytes(config, layout)
         if num_bytes > 0:
@@ -119,6 +121,8 @@ class PlanKernel:
         status: Tensor | None,
         stream: int,
         forest: Tensor | None = None,
+        *,
+        follows_forest: bool = False,
     ) -> None:
         """Plan ``batch`` into ``plan``; returns before the device has begun.
 
@@ -136,6 +140,8 @@ class PlanKernel:
             forest: uint8 [bytes] device, 16-byte aligned, the prefix forest of these lengths as
                 kernels/include/fi/plan/forest.h lays it out for the capacity; all zero: nothing is
                 shared. Needed if ``takes_forest``, else ignored.
+            follows_forest: the last launch of the stream was that of a kernel that finds forests,
+                and ``forest`` is complete when it is; the planner then starts while it runs.
 
         Raises:
             InvalidInput: no forest, or one of another capacity, for a planner that needs one.
@@ -158,7 +164,8 @@ class PlanKernel:
         params.forest = 0 if forest is None else forest.data_ptr()
         params.plan = plan.data_ptr()
         params.status = 0 if status is None else status.data_ptr()
-        _core.launch_plan(self._kernel, params, self._grid, self._threads, stream)
+        overlaps = follows_forest and self._can_overlap
+        _core.launch_plan(self._kernel, params, self._grid, self._threads, stream, overlaps)
 
 
 def scratch_bytes(config: _core.PlanConfig, layout: _core.PlanLayout) -> int:

@@ -87,7 +87,15 @@ class PlanSlot:
         """
         return plan_arrays(self.plan.cpu().numpy(), self.layout)
 
-    def fill(self, batch: PagedBatch, forest: Tensor | None, status: Tensor, stream: int) -> None:
+    def fill(
+        self,
+        batch: PagedBatch,
+        forest: Tensor | None,
+        status: Tensor,
+        stream: int,
+        *,
+        follows_forest: bool = False,
+    ) -> None:
         """Plan a step on the device, in stream order; ``StepPlanner.plan`` has checked it.
 
         Args:
@@ -95,9 +103,12 @@ class PlanSlot:
             forest: ``PrefixForest.data`` of the batch, on the device; None: nothing is shared.
             status: int32 [1] pinned; the kernel adds PlanStatus bits.
             stream: raw handle.
+            follows_forest: as in ``PlanKernel.enqueue``.
         """
         assert self._kernel is not None
-        self._kernel.enqueue(batch, self.plan, status, stream, forest)
+        self._kernel.enqueue(
+            batch, self.plan, status, stream, forest, follows_forest=follows_forest
+        )
         self.batch = batch
         self.num_plans += 1
 

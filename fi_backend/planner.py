@@ -241,6 +241,7 @@ class StepPlanner:
         ]
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
         found = self._find_forests(batches, stream)
+        follows_forest = len(found) > 0
         for slot in self._slots:
             table_id = slot.layer_class.page_table_id
             one, host = batches[table_id], hosts[table_id]
@@ -249,7 +250,9 @@ class StepPlanner:
             if one.nodes is not None and host is not None:
                 self._report.add(slot.fill_on_host(one, host))
             else:
-                slot.fill(one, self._forest_of(slot, found), self._report.word, stream)
+                forest, word = self._forest_of(slot, found), self._report.word
+                slot.fill(one, forest, word, stream, follows_forest=follows_forest)
+            follows_forest = False
 
     def _find_forests(
         self, batches: tuple[PagedBatch, ...], stream: int = 0

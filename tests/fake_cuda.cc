@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "fi/attention/kernel_params.h"
+#include "launch/driver.h"
 
 namespace {
 
@@ -19,6 +20,7 @@ std::mutex lock;
 std::string calls;
 std::map<std::string, int> errors;
 fi::KernelParams launched;
+int driver_version = 13000;
 thread_local std::vector<void*> contexts;
 
 // Handles say what they are: 0x10000 + device is a context; a module and its function follow.
@@ -44,6 +46,7 @@ extern "C" {
 
 const char* fake_calls() { return calls.c_str(); }
 void fake_forget() { calls.clear(); }
+void fake_version(int version) { driver_version = version; }
 void fake_fail(const char* function, int error) { errors[function] = error; }
 void fake_enter(long context) { contexts.push_back(handle(context)); }
 long fake_current() { return value(current()); }
@@ -59,6 +62,10 @@ int cuGetErrorString(int error, const char** text) {
   if (error == 999999) return kInvalidValue;
   *text = error == kInvalidDevice ? "invalid device ordinal" : "as the test asked";
   return 0;
+}
+int cuDriverGetVersion(int* version) {
+  *version = driver_version;
+  return errors["cuDriverGetVersion"];
 }
 int cuDeviceGet(int* device, int ordinal) {
   if (ordinal < 0 || ordinal > 1) return kInvalidDevice;
@@ -130,6 +137,15 @@ int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned gr
   launched = *static_cast<const fi::KernelParams*>(params[0]);
   const int error = call("cuLaunchKernel", function, grid_x, grid_y, grid_z, block_x, block_y,
                          block_z, shared, stream);
+  return in_context(handle(value(function) - 0x20000), error);
+}
+int cuLaunchKernelEx(const fi::launch::LaunchConfig* config, void* function, void** params,
+                     void** extra) {
+  if (extra || !params[0] || config->num_attributes != 1) return kInvalidValue;
+  const auto [grid_x, grid_y, grid_z, block_x, block_y, block_z, shared, stream, attributes, _] =
+      *config;
+  const int error = call("cuLaunchKernelEx", function, grid_x, grid_y, grid_z, block_x, block_y,
+                         block_z, shared, stream, attributes[0].id, attributes[0].allowed);
   return in_context(handle(value(function) - 0x20000), error);
 }
 

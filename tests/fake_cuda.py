@@ -12,6 +12,8 @@ from fi_backend import _core
 from fi_backend.jit.headers import INCLUDE_ROOT
 from fi_backend.jit.host_compiler import find_compiler
 
+CORE_ROOT = Path(__file__).parents[1] / "kernels"
+
 # Every process of a test starts with this. The bare package keeps torch out: 50 ms, not 3 s.
 PREAMBLE = """
 import ctypes, sys, types
@@ -49,7 +51,8 @@ def error(function, *arguments):
 
 
 def compile_cxx(source: Path, output: Path, *flags: str) -> Path:
-    command = [*find_compiler().command, "-std=c++20", *flags, f"-I{INCLUDE_ROOT}"]
+    roots = [f"-I{INCLUDE_ROOT}", f"-I{CORE_ROOT}"]
+    command = [*find_compiler().command, "-std=c++20", *flags, *roots]
     subprocess.run([*command, str(source), "-o", str(output)], check=True)
     return output
 

@@ -142,6 +142,7 @@ class FiberBlock {
     std::memcpy(to, &kPending, 8);
     copies_.push_back({to, from});
   }
+  void wait_for_forest() {}
   void end_copies() {
     for (const auto& [to, from] : copies_) std::memcpy(to, from, 8);
     copies_.clear();

@@ -65,7 +65,8 @@ void bind_kernel(py::module_& m) {
       .def_readonly("minor", &DeviceInfo::minor)
       .def_readonly("num_sms", &DeviceInfo::num_sms)
       .def_readonly("max_shared_bytes", &DeviceInfo::max_shared_bytes)
-      .def_readonly("max_shared_bytes_per_sm", &DeviceInfo::max_shared_bytes_per_sm);
+      .def_readonly("max_shared_bytes_per_sm", &DeviceInfo::max_shared_bytes_per_sm)
+      .def_readonly("overlaps_grids", &DeviceInfo::overlaps_grids);
   // Starting the driver and loading code take milliseconds: other threads run meanwhile.
   m.def("device_info", &launch::device_info, py::arg("device"),
         py::call_guard<py::gil_scoped_release>());

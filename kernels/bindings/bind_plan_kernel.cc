@@ -102,8 +102,10 @@ PlanKernelParams make_params(const host::PlanConfig& config, const PlanLayout& l
 }
 
 void launch_plan(const launch::Kernel& kernel, const PlanKernelParams& params, int32_t grid,
-                 int32_t threads, std::uintptr_t stream) {
-  kernel.launch(&params, grid, 1, threads, stream);
+                 int32_t threads, std::uintptr_t stream, bool overlaps) {
+  using launch::Overlap;
+  const Overlap overlap = overlaps ? Overlap::kWithPrevious : Overlap::kNone;
+  kernel.launch(&params, grid, 1, threads, stream, overlap);
 }
 
 }  // namespace
@@ -134,7 +136,7 @@ void bind_plan_kernel(py::module_& m) {
         return py::bytes(reinterpret_cast<const char*>(&self), sizeof(self));
       });
   m.def("launch_plan", &launch_plan, py::arg("kernel"), py::arg("params"), py::arg("grid"),
-        py::arg("threads"), py::arg("stream"));
+        py::arg("threads"), py::arg("stream"), py::arg("overlaps"));
 }
 
 }  // namespace fi

@@ -50,6 +50,7 @@ Driver open_driver(const char* library_name) {
   find_in("cuInit", d.init);
   find_in("cuGetErrorName", d.get_error_name);
   find_in("cuGetErrorString", d.get_error_string);
+  find_in("cuDriverGetVersion", d.driver_get_version);
   find_in("cuDeviceGet", d.device_get);
   find_in("cuDeviceGetName", d.device_get_name);
   find_in("cuDeviceGetAttribute", d.device_get_attribute);
@@ -65,6 +66,7 @@ Driver open_driver(const char* library_name) {
   find_in("cuFuncSetAttribute", d.function_set_attribute);
   find_in("cuOccupancyMaxActiveBlocksPerMultiprocessor", d.occupancy);
   find_in("cuLaunchKernel", d.launch_kernel);
+  find_in("cuLaunchKernelEx", d.launch_kernel_ex);
   return d;
 }
 

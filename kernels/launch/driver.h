@@ -25,11 +25,32 @@ enum class FunctionAttribute : int {  // CUfunction_attribute
   kPreferredSharedMemoryCarveout = 9,  // percent of what L1 and shared memory have together
 };
 
+// A launch's attribute (CUlaunchAttribute) and its setting.
+struct LaunchAttribute {
+  static constexpr int kProgrammaticStreamSerialization = 6;
+
+  int id;
+  char pad[4];
+  union {
+    char bytes[64];
+    int allowed;
+  };
+};
+
+struct LaunchConfig {  // CUlaunchConfig
+  unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z;
+  unsigned dynamic_shared_bytes;
+  Handle stream;
+  LaunchAttribute* attributes;
+  unsigned num_attributes;
+};
+
 // Every function is valid once open_driver() returned.
 struct Driver {
   Result (*init)(unsigned flags);
   Result (*get_error_name)(Result error, const char** name);
   Result (*get_error_string)(Result error, const char** text);
+  Result (*driver_get_version)(int* version);  // 1000 major + 10 minor
   Result (*device_get)(Device* device, int ordinal);
   Result (*device_get_name)(char* name, int length, Device device);
   Result (*device_get_attribute)(int* value, DeviceAttribute attribute, Device device);
@@ -48,6 +69,8 @@ struct Driver {
                           unsigned block_x, unsigned block_y, unsigned block_z,
                           unsigned dynamic_shared_bytes, Handle stream, void** params,
                           void** extra);
+  Result (*launch_kernel_ex)(const LaunchConfig* config, Handle function, void** params,
+                             void** extra);
 };
 
 // The driver of this machine, opened and initialised by the first call that succeeds. Any thread.

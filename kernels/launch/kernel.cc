@@ -9,6 +9,8 @@ namespace {
 // statically counts too: a few KB are left for it. Source: CUDA C++ Programming Guide, compute
 // capabilities 7.x and later.
 constexpr int32_t kSharedBytesWithoutOptIn = 40 << 10;
+// Grids overlap from sm_90 on. Older drivers refuse to capture such launches in a graph.
+constexpr int32_t kOverlapMajor = 9, kOverlapDriver = 12030;
 constexpr int32_t kAllOfSharedMemory = 100;  // CU_SHAREDMEM_CARVEOUT_MAX_SHARED
 
 // Makes a context current for a scope. Torch's threads have it current already: then this is one
@@ -101,12 +103,16 @@ DeviceInfo device_info(int32_t index) {
   };
   char name[256] = {};
   check(d.device_get_name(name, sizeof(name), device));
+  int version = 0;
+  check(d.driver_get_version(&version));
+  const int32_t major = attribute(DeviceAttribute::kComputeCapabilityMajor);
   return {name,
-          attribute(DeviceAttribute::kComputeCapabilityMajor),
+          major,
           attribute(DeviceAttribute::kComputeCapabilityMinor),
           attribute(DeviceAttribute::kMultiprocessorCount),
           attribute(DeviceAttribute::kMaxSharedMemoryPerBlockOptin),
-          attribute(DeviceAttribute::kMaxSharedMemoryPerMultiprocessor)};
+          attribute(DeviceAttribute::kMaxSharedMemoryPerMultiprocessor),
+          major >= kOverlapMajor && version >= kOverlapDriver};
 }
 
 Kernel::Kernel(const void* image, std::size_t image_bytes, const std::string& entry, int32_t device,
@@ -141,12 +147,30 @@ Kernel::Kernel(const void* image, std::size_t image_bytes, const std::string& en
 }
 
 void Kernel::launch(const void* params, int32_t grid_x, int32_t grid_y, int32_t threads,
-                    std::uintptr_t stream) const {
+                    std::uintptr_t stream, Overlap overlap) const {
   const Driver& d = driver();
   const ContextScope scope(d, context_.get());
   void* arguments[] = {const_cast<void*>(params)};
-  const Result error = d.launch_kernel(function_, grid_x, grid_y, 1, threads, 1, 1, shared_bytes_,
-                                       reinterpret_cast<Handle>(stream), arguments, nullptr);
+  Result error = 0;
+  if (overlap == Overlap::kWithPrevious) {
+    LaunchAttribute serialization{};
+    serialization.id = LaunchAttribute::kProgrammaticStreamSerialization;
+    serialization.allowed = 1;
+    const LaunchConfig config{static_cast<unsigned>(grid_x),
+                              static_cast<unsigned>(grid_y),
+                              1,
+                              static_cast<unsigned>(threads),
+                              1,
+                              1,
+                              static_cast<unsigned>(shared_bytes_),
+                              reinterpret_cast<Handle>(stream),
+                              &serialization,
+                              1};
+    error = d.launch_kernel_ex(&config, function_, arguments, nullptr);
+  } else {
+    error = d.launch_kernel(function_, grid_x, grid_y, 1, threads, 1, 1, shared_bytes_,
+                            reinterpret_cast<Handle>(stream), arguments, nullptr);
+  }
   if (!error) return;
   fail(d, error, entry_,
        "a launch of " + std::to_string(grid_x) + " x " + std::to_string(grid_y) + " CTAs of " +

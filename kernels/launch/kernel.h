@@ -20,9 +20,17 @@ struct DeviceInfo {
   int32_t num_sms;                  //
   int32_t max_shared_bytes;         // of one CTA, opt-in
   int32_t max_shared_bytes_per_sm;  //
+  bool overlaps_grids;              // Overlap::kWithPrevious is known
 };
 
 DeviceInfo device_info(int32_t device);
+
+enum class Overlap {
+  kNone,
+  // The grid may start when the CTAs of the grid before it have come to ptx::start_next_grid() or
+  // ended; it has to call ptx::wait_for_previous_grid() itself.
+  kWithPrevious,
+};
 
 // One entry point of a cubin, loaded into a device's primary context (the one torch uses).
 // Immutable after construction; launch() may be called from several threads. Its machine code goes
@@ -36,7 +44,7 @@ class Kernel {
 
   // `params` points at the kernel's only argument. `stream` is a CUstream (0: legacy default).
   void launch(const void* params, int32_t grid_x, int32_t grid_y, int32_t threads,
-              std::uintptr_t stream) const;
+              std::uintptr_t stream, Overlap overlap = Overlap::kNone) const;
 
   int32_t ctas_per_sm(int32_t threads) const;  // resident at once, with the dynamic shared memory
   int32_t num_registers() const;               // per thread

@@ -126,7 +126,12 @@ def test_finding_and_planning_are_timed_together_and_apart(
     filled: list[torch.Tensor | None] = []
 
     def fill(
-        slot: PlanSlot, batch: object, forest: torch.Tensor, word: torch.Tensor, stream: int
+        slot: PlanSlot,
+        batch: object,
+        forest: torch.Tensor,
+        word: torch.Tensor,
+        stream: int,
+        **_: bool,
     ) -> None:
         assert (int(word), stream) == (0, 77)
         filled.append(forest)

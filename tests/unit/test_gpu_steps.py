@@ -41,9 +41,11 @@ class FakeSlot:
     host_batch: Any = None
     by_kernel: list[Any] = field(default_factory=list)
     by_host: list[Any] = field(default_factory=list)
+    follows: list[bool] = field(default_factory=list)
 
-    def fill(self, *arguments: Any) -> None:
+    def fill(self, *arguments: Any, follows_forest: bool) -> None:
         self.by_kernel.append(arguments)
+        self.follows.append(follows_forest)
 
     def fill_on_host(self, *arguments: Any) -> int:
         self.by_host.append(arguments)
@@ -85,6 +87,7 @@ def test_a_kernel_plans_each_slot(capturing: list[bool]) -> None:
         for planned, found, *others in fake.by_kernel:
             assert planned is batch and found is forest.data
             assert others == [planner._report.word, STREAM]
+        assert fake.follows == [fake is planner.fakes[0]] * 2
         assert not fake.by_host and fake.host_batch is None
 
 
@@ -98,6 +101,7 @@ def test_batches_with_nodes_are_planned_on_the_host(capturing: list[bool]) -> No
     planner, plain, sharing = GpuPlanner(num_tables=2), make_batch(), make_batch(shared())
     planner.plan(plain, sharing)
     assert len(planner.fakes[0].by_kernel) == 1 and not planner.fakes[0].by_host
+    assert planner.fakes[0].follows == [True]
     assert planner.fakes[1].by_host == [(sharing, sharing)] and not planner.fakes[1].by_kernel
     assert planner.status == fi.PlanStatus.NODES_DECLINED  # what the host said
     with pytest.raises(fi.InvalidInput, match="kv_len: expected at most 32 tokens"):

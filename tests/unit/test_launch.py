@@ -44,9 +44,11 @@ def test_a_device_is_described(fake_folder: Path) -> None:
     script = """
     info = _core.device_info(1)
     print(info.name, info.major, info.minor, info.num_sms, info.max_shared_bytes,
-          info.max_shared_bytes_per_sm)
+          info.max_shared_bytes_per_sm, info.overlaps_grids)
+    fake.fake_version(12020)
+    print(_core.device_info(1).overlaps_grids)
     """
-    assert run(fake_folder, script) == "Some GPU 9 0 132 232448 233472"
+    assert run(fake_folder, script) == "Some GPU 9 0 132 232448 233472 True\nFalse"
 
 
 def test_the_driver_starts_once_and_again_after_a_failure(fake_folder: Path) -> None:
@@ -119,6 +121,28 @@ LAUNCHES = {
     "another-device": (0x10000, ["cuCtxPushCurrent 0x10001", LAUNCH, "cuCtxPopCurrent 0x10001"]),
     "its-own": (0x10001, [LAUNCH]),
 }
+
+
+OVERLAPS = """
+kernel = load(shared=100000)
+fake.fake_enter(ctypes.c_long(0x10000))
+config = _core.PlanConfig(8, 2, 4, _core.Band(-1, 0, 0), 0, [_core.TileClass(16, 64, 1, 1)],
+                          _core.PlanCapacity(4, 4, 64, 0, 0, 0))
+params = _core.PlanKernelParams(config, config.layout())
+for overlaps in (False, True):
+    _core.launch_plan(kernel, params, 4, 128, 0xabcd, overlaps)
+print(*calls(), sep="\\n")
+fake.fake_fail(b"cuLaunchKernelEx", 700)
+print(error(_core.launch_plan, kernel, params, 4, 128, 0, True))
+"""
+
+
+def test_a_planner_may_overlap_the_grid_before_it(fake_folder: Path) -> None:
+    # Attribute 6 of cuda.h is CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION.
+    launch, overlapping, failure = run(fake_folder, OVERLAPS).splitlines()
+    assert launch == "cuLaunchKernel 0x30000 4 1 1 80 1 1 186a0 0xabcd"
+    assert overlapping == "cuLaunchKernelEx 0x30000 4 1 1 80 1 1 186a0 0xabcd 6 1"
+    assert "expected a launch of 4 x 1 CTAs of 128 threads" in failure
 
 
 @pytest.mark.parametrize(("current", "expected"), LAUNCHES.values(), ids=LAUNCHES)

@@ -228,9 +228,12 @@ class NoDevice:
     library: ctypes.CDLL
     device: int = 0
     num_sms: int = 9
+    overlaps_grids: bool = True
 
-    def launch(self, _: object, params: object, grid: int, threads: int, stream: int) -> None:
-        assert stream == 77
+    def launch(
+        self, _: object, params: object, grid: int, threads: int, stream: int, overlaps: bool
+    ) -> None:
+        assert (stream, overlaps) == (77, False)
         assert grid in (1, 2, 4, 8)
         run_params(self.library, params, Launch(grid, threads, 4))
 

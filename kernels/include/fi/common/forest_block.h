@@ -64,6 +64,7 @@ template <int32_t kThreads, bool kInShared>
 __device__ void run(const ForestKernelParams& p) {
   extern __shared__ int4 dynamic_shared[];
   __shared__ BlockMemory<kThreads> memory;
+  ptx::start_next_grid();  // the planner, which waits where it needs the forest
   CudaBlock<kThreads> block(&memory);
   const auto r = static_cast<int32_t>(blockIdx.x);
   if (r < p.num_requests) {

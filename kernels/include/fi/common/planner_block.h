@@ -3,6 +3,7 @@
 
 #include "fi/common/planner.h"
 #include "fi/ptx/cp_async.h"
+#include "fi/ptx/grid.h"
 
 namespace fi::planner {
 
@@ -61,6 +62,9 @@ class CudaBlock {
   __device__ void end_copies() const {
     if constexpr (kInShared) ptx::cp_async_wait_all();
   }
+
+  // The forest is read after this: the kernel that finds it may still run.
+  __device__ void wait_for_forest() const { ptx::wait_for_previous_grid(); }
 
   // Clears the marks, and what scans need cleared.
   //

@@ -101,10 +101,12 @@ class StepTables {
   FI_HOST_DEVICE void place_requests(PlannedRequest* out) {
     num_requests_ = min_i32(max_i32(p.num_requests, 0), p.max_requests);
     Lengths lengths = load_lengths(0);
-    if constexpr (kMode.has_nodes) forest_.load(num_requests_ == p.num_requests);
     // Time to use while they are on the way.
     block_.template prepare<kParamBytes<kMode>>(p);
     if constexpr (kMode.has_nodes) {
+      block_.wait_for_forest();
+      load_shared(0, &lengths);
+      forest_.load(num_requests_ == p.num_requests);
       s = scratch_at<Cost>(p, block_.scratch());  // anew: no offset is wanted before
       if (forest_.has_nodes() && kPerThread * block_.num_threads() < num_requests_) check_rounds();
       place_most_nodes();
@@ -112,7 +114,10 @@ class StepTables {
     for (int32_t first = 0; first < num_requests_;) {
       if (place_round(first, lengths, out)) {
         first += kPerThread * block_.num_threads();
-        if (first < num_requests_) lengths = load_lengths(first);
+        if (first < num_requests_) {
+          lengths = load_lengths(first);
+          if constexpr (kMode.has_nodes) load_shared(first, &lengths);
+        }
       } else {
         is_careful_ = true;
         if constexpr (kMode.has_nodes) {
@@ -183,13 +188,15 @@ class StepTables {
     for (int32_t i = 0; i < kPerThread; ++i) {
       lengths.kv_len[i] = load_kv_len(r0 + i, r0 + i < num_requests_);
     }
-    if constexpr (kMode.has_nodes) {
-      const ForestRequest* shared = forest_view(p).requests + r0;
-      for (int32_t i = 0; i < kPerThread; ++i) {
-        if (r0 + i < num_requests_) lengths.shared[i] = shared[i];
-      }
-    }
     return lengths;
+  }
+
+  FI_HOST_DEVICE void load_shared(int32_t first, Lengths* lengths) const {
+    const int32_t r0 = first + kPerThread * block_.thread();
+    const ForestRequest* shared = forest_view(p).requests + r0;
+    for (int32_t i = 0; i < kPerThread; ++i) {
+      if (r0 + i < num_requests_) lengths->shared[i] = shared[i];
+    }
   }
 
   // False, with nothing done, if lengths turn out to be out of contract: to be called again then,
