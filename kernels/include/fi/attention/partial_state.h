@@ -24,20 +24,6 @@ __device__ inline FinalRow with_sink(const float* sinks, int q_head, float lse_l
   return {own * reciprocal(sum), top + log2_approx(sum)};
 }
 
-// Adds an arrival to a merge unit; true for the arrival that completes it, which resets the counter
-// for the next launch. Call from one thread after a CTA barrier; the CTA barrier that follows makes
-// every partial state visible to the whole CTA (release and acquire at gpu scope).
-__device__ inline bool arrive(int32_t* counter, int32_t expected) {
-  int32_t before;
-  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;"
-               : "=r"(before)
-               : "l"(counter)
-               : "memory");
-  if (before + 1 != expected) return false;
-  *counter = 0;
-  return true;
-}
-
 // Running merge of one row's states, of at most kMaxQuads times four components by one lane. States
 // come in groups: a group is rescaled once, and its exponentials do not wait for each other. Order
 // and groups are fixed and no operation is left for the compiler to fuse, so bits are equal on

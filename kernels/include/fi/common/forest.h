@@ -81,11 +81,13 @@ class Search {
       : p(params), step_(params), block_(block), r_(r), row_(page_row(params.table, r)) {}
 
   FI_HOST_DEVICE Branch find() {
-    const int32_t most = step_.steps(r_);
     Branch best{-1, 0};
     Candidate other{-1, 0};
+    int32_t wanted = early_probe(row_, 0);
+    const int32_t most = step_.steps(r_);
     FI_ROLLED for (int32_t n = 0; n < kMaxComparisons && best.steps < most; ++n) {
-      other = next_candidate(other.request + 1, best.steps);
+      if (n > 0 || !reads_early(0)) wanted = entry(row_, probe(best.steps));
+      other = next_candidate(other.request + 1, best.steps, wanted);
       if (other.request >= r_) break;
       const int32_t steps = common_steps(other.request, min_i32(most, other.steps));
       if (steps > best.steps) best = {other.request, steps};
@@ -106,16 +108,32 @@ class Search {
     return row[page * p.table.entry_stride];
   }
 
-  // The lowest request from `first` on that has the page at the end of the next step; r_ if none
-  // before it does.
-  FI_HOST_DEVICE Candidate next_candidate(int32_t first, int32_t steps) {
-    const int32_t probe = (steps + 1) * p.step_pages - 1, wanted = entry(row_, probe);
+  // The page at the end of the step that follows `steps` of them.
+  FI_HOST_DEVICE int32_t probe(int32_t steps) const { return (steps + 1) * p.step_pages - 1; }
+
+  // Whether that page of any row lies within the table: then it may be read, stale or not, while
+  // lengths are on their way.
+  FI_HOST_DEVICE bool reads_early(int32_t steps) const {
+    return !p.table.indptr && probe(steps) * p.table.entry_stride < p.table.row_stride;
+  }
+
+  FI_HOST_DEVICE int32_t early_probe(const int32_t* row, int32_t steps) const {
+    return reads_early(steps) ? entry(row, probe(steps)) : 0;
+  }
+
+  // The lowest request from `first` on whose page at the end of the next step is the wanted one; r_
+  // if none before it does.
+  FI_HOST_DEVICE Candidate next_candidate(int32_t first, int32_t steps, int32_t wanted) {
     FI_ROLLED for (int32_t begin = first; begin < r_; begin += block_.num_threads()) {
       const int32_t other = begin + block_.thread();
       int32_t found = r_;
-      if (other < r_ && step_.steps(other) > steps &&
-          entry(page_row(p.table, other), probe) == wanted) {
-        found = other;
+      if (other < r_) {
+        const int32_t* row = page_row(p.table, other);
+        int32_t page = early_probe(row, steps);
+        if (step_.steps(other) > steps) {
+          if (!reads_early(steps)) page = entry(row, probe(steps));
+          if (page == wanted) found = other;
+        }
       }
       found = block_.min(found);
       if (found < r_) return {found, step_.steps(found)};
@@ -202,6 +220,7 @@ class Builder {
     bool shares = false;
     for_each(p.num_requests, [&](int32_t r) {
       const Branch branch = block_.load(p.branches + r);
+      kv_tokens_ += step_.clamped_kv_len(r);
       s.branches[r] = branch;
       s.q_len[r] = step_.q_len(r);
       s.last_node[r] = -1;
@@ -214,10 +233,8 @@ class Builder {
 
   FI_HOST_DEVICE void write_empty() {
     RequestSums sums, all;
-    for_each(p.num_requests, [&](int32_t r) {
-      store_16(requests() + r, 0, 0, 0, 0);
-      sums.kv_tokens += step_.clamped_kv_len(r);
-    });
+    for_each(p.num_requests, [&](int32_t r) { store_16(requests() + r, 0, 0, 0, 0); });
+    sums.kv_tokens = kv_tokens_;
     block_.scan(sums, &all);
     if (block_.thread() == 0) write_header({}, all.kv_tokens);
   }
@@ -406,8 +423,8 @@ class Builder {
       const int32_t r = first + block_.thread();
       RequestSums own, all;
       int32_t own_begin = 0;
+      if (first == 0) own.kv_tokens = kv_tokens_;
       if (r < p.num_requests) {
-        own.kv_tokens = step_.clamped_kv_len(r);
         // Upwards: the last node comes first, at the end of its request's chain.
         FI_ROLLED for (int32_t n = last_node(r); n >= 0; n = above(n)) {
           const int32_t number = s.nodes[n].number;
@@ -471,6 +488,7 @@ class Builder {
   const Step step_;
   Block& block_;
   int32_t num_nodes_ = 0;  // of the tree
+  int32_t kv_tokens_ = 0;  // of the requests of this thread
 };
 
 }  // namespace fi::forest

@@ -3,6 +3,7 @@
 
 #include "fi/common/forest.h"
 #include "fi/common/planner_block.h"
+#include "fi/ptx/arrive.h"
 
 namespace fi::forest {
 
@@ -43,11 +44,7 @@ class CudaBlock : public planner::CudaBlock<kThreads, true, false> {
   // True in the last CTA that comes here, which sees what all others wrote before.
   __device__ bool arrives_last(int32_t* arrivals) const {
     if (this->thread() == 0) {
-      __threadfence();
-      const int32_t before = atomicAdd(arrivals, 1);
-      memory_->is_last = before + 1 == static_cast<int32_t>(gridDim.x);
-      if (memory_->is_last) *arrivals = 0;
-      __threadfence();
+      memory_->is_last = ptx::arrive(arrivals, static_cast<int32_t>(gridDim.x));
     }
     __syncthreads();
     return memory_->is_last != 0;

@@ -97,7 +97,7 @@ __device__ void arrive_and_merge(const KernelParams& p, const PlanView& plan, Cl
   }
   if (announces) {
     const MergeUnit unit = plan.units[own.unit];
-    if (arrive(p.arrivals + own.unit, unit.expected)) {
+    if (ptx::arrive(p.arrivals + own.unit, unit.expected)) {
       units[atomicAdd(&done.count, 1)] = own;
       atomicMax(&done.most_rows, unit.num_rows);
     }

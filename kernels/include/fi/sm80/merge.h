@@ -2,6 +2,7 @@
 // request's own splits ascending.
 #pragma once
 
+#include "fi/ptx/arrive.h"
 #include "fi/ptx/load.h"
 #include "fi/sm80/epilogue.h"
 
