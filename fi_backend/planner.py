@@ -194,6 +194,18 @@ class StepPlanner:
         """
         return self._report.status
 
+    def clear_counters(self) -> None:
+        """Let steps follow that begin with memory whose contents were lost.
+
+        Kernels count arrivals in device memory, from zero and back to it. An allocator that drops
+        contents behind a planner's back, as vLLM's sleep mode does, leaves anything there. Enqueues
+        a fill or two on the current stream; the workspace's other planners must not be at work.
+        """
+        with torch.inference_mode():
+            self.workspace.arrivals.zero_()
+            for forest in self._forests.values():
+                forest.clear_counters()
+
     def plan(self, batch: PagedBatch | Sequence[PagedBatch]) -> None:
         """Plan one step into every slot.
 

@@ -94,10 +94,10 @@ class PrefixForest:
         self._kernel = load(forest_kernel(capacity), device)
         self._params = _core.ForestKernelParams(self._capacity)
         branches = torch.zeros(capacity.max_requests, 2, dtype=torch.int32, device=device)
-        arrivals = torch.zeros(1, dtype=torch.int32, device=device)
-        self._held += [branches, arrivals]
+        self._arrivals = torch.zeros(1, dtype=torch.int32, device=device)
+        self._held += [branches, self._arrivals]
         self._params.branches = branches.data_ptr()
-        self._params.arrivals = arrivals.data_ptr()
+        self._params.arrivals = self._arrivals.data_ptr()
         self._params.forest = self.data.data_ptr()
         self._params.totals = self.totals.data_ptr()
         if self._params.scratch_bytes > _MAX_SHARED_BYTES:
@@ -105,6 +105,11 @@ class PrefixForest:
             scratch = torch.empty(size, dtype=torch.uint8, device=device)
             self._held.append(scratch)
             self._params.scratch = scratch.data_ptr()
+
+    def clear_counters(self) -> None:
+        """As ``StepPlanner.clear_counters``."""
+        if self._kernel is not None:
+            self._arrivals.zero_()
 
     def reads(self) -> SharedReads:
         """Return what all steps so far read; on a GPU this waits for the device."""

@@ -84,7 +84,7 @@ def vllm_config(layers: Sequence[Any], dtype: torch.dtype, **scheduler: int) -> 
             static_forward_context={layer.layer_name: layer for layer in layers},
             cudagraph_mode=None,
         ),
-        model_config=SimpleNamespace(dtype=dtype, max_model_len=512),
+        model_config=SimpleNamespace(dtype=dtype, max_model_len=512, enable_sleep_mode=False),
         parallel_config=SimpleNamespace(use_ubatching=False, rank=0),
         scheduler_config=SimpleNamespace(**(sizes | scheduler)),
         speculative_config=None,
@@ -99,6 +99,7 @@ def make_builder(
     spec: Any = None,
     *,
     speculative_config: Any = None,
+    sleeps: bool = False,
 ) -> StepMetadataBuilder:
     """A builder of one group, as the model runner makes it."""
     impl = layers[0].impl
@@ -108,6 +109,7 @@ def make_builder(
     names = [layer.layer_name for layer in layers]
     config = vllm_config(layers, dtype)
     config.speculative_config = speculative_config
+    config.model_config.enable_sleep_mode = sleeps
     return builder_cls(spec, names, config, torch.device("cpu"))
 
 

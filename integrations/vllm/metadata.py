@@ -102,6 +102,8 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         self._limits = StepLimits.of(vllm_config, chunk)
         # vLLM passes the chunks of local attention as requests of their own, which are short.
         self._may_share = not chunk and all(impl.may_share for impl in impls)
+        # vLLM then drops what lies in its pool, ours too, and nobody tells backends when.
+        self._may_sleep = bool(vllm_config.model_config.enable_sleep_mode)
         self._plans: dict[bool, _GroupPlans] = {}
         if device.type == "cpu":
             start_threads()
@@ -148,6 +150,8 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             support.refuse([support.sentence("causal", what, "one per request", support.KEEP_VLLM)])
         batch = self._batch(step)
         group = self._plan_of(step, causal=bool(causal))
+        if self._may_sleep:
+            group.planner.clear_counters()
         group.planner.plan(batch)
         shared_reads.after_plan()
         # In vLLM's host copy: padded requests of a captured size have no tokens.

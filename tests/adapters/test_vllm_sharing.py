@@ -143,6 +143,15 @@ def test_all_planners_of_the_process_are_added_up() -> None:
     assert saved() == (3 * KV_TOKENS, 3 * SAVED)
 
 
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_after_sleep_steps_begin_with_clear_counters(sleeps: bool) -> None:
+    builder, step = make_builder([vllm_layer(Layer())], sleeps=sleeps), shared_step()
+    planner = builder._plans_for(causal=True).general.planner
+    planner.workspace.arrivals.fill_(77)  # what vLLM's pool may hold when it wakes
+    builder.build(0, step.common)
+    assert bool((planner.workspace.arrivals == 0).all()) is sleeps
+
+
 def test_switched_off_nothing_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FI_SHARING", "0")
     make_builder([vllm_layer(Layer())]).build(0, shared_step().common)

@@ -52,6 +52,9 @@ def kernels_of(test: str, arguments: Mapping[str, Any]) -> Iterator[DeviceKernel
     if "lengths" in arguments:
         yield from planned_kernels(REPEATED, "drafts", shares=True)
         return
+    if "counters" in test:
+        yield from planned_kernels(REPEATED, "drafts", shares=True)
+        return
     first, case = arguments.get("first"), arguments.get("case")
     step, case = ("decode", case) if first is None else random_step_and_case(first)
     for shares in (False, True):
@@ -155,3 +158,16 @@ def test_equal_bits_on_repeat(device: str, lengths: tuple[tuple[int, int], ...])
         assert torch.equal(first.out, again.out)
         assert first.lse is not None and again.lse is not None
         assert torch.equal(first.lse, again.lse)
+
+
+def test_counters_that_were_lost_are_cleared(device: str) -> None:
+    problem = make_shared(REPEATED, LEVELS)
+    layer = make_layer(REPEATED, problem, None, Place(device, sharing_capacity("drafts")))
+    assert isinstance(layer, PlannedLayer)
+    first = run_layer(layer, REPEATED, problem, device)
+    for memory in (layer.planner.workspace.arrivals, layer.planner.forests[0]._arrivals):
+        memory.fill_(0x55555555)
+    layer.planner.clear_counters()
+    again = run_layer(layer, REPEATED, problem, device)
+    assert torch.equal(first.out, again.out)
+    assert found_by(layer) == 3
