@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from torch import Tensor
 
@@ -59,39 +60,29 @@ class Model(torch.nn.Module):
             self.parents.append(parent)
 
 
-class SWAKVPool:
-    """Two pools and a map between their slots: the part of SGLang's that attention uses."""
-
-    def __init__(self, full: Any, window: Any, layers: list[Layer]) -> None:
-        self.full_kv_pool, self.swa_kv_pool = full, window
-        self.size = full.size
-        self.layers_mapping = {i: (i, one.in_window_pool) for i, one in enumerate(layers)}
-        self.full_to_swa_index_mapping = torch.zeros(full.size + full.page_size, dtype=torch.int64)
-
-    def _pool(self, layer: int) -> Any:
-        return self.swa_kv_pool if self.layers_mapping[layer][1] else self.full_kv_pool
-
-    def get_key_buffer(self, layer: int) -> Any:
-        return self._pool(layer).get_key_buffer(layer)
-
-    def get_value_buffer(self, layer: int) -> Any:
-        return self._pool(layer).get_value_buffer(layer)
-
-    def translate_loc_from_full_to_swa(self, slots: Tensor) -> Tensor:
-        return self.full_to_swa_index_mapping[slots]
-
-
 def kv_pool(size: int, page: int, layers: list[Layer], dtype: torch.dtype) -> Any:
-    pool = MHATokenToKVPool(
-        size=size,
-        page_size=page,
-        dtype=dtype,
-        head_num=layers[0].kv_heads,
-        head_dim=layers[0].dim,
-        layer_num=len(layers),
-        device="cpu",
-        enable_memory_saver=False,
-    )
+    """The pool that SGLang makes for these layers, NaN in all slots but those for padding."""
+    common = {
+        "size": size,
+        "page_size": page,
+        "dtype": dtype,
+        "head_num": layers[0].kv_heads,
+        "head_dim": layers[0].dim,
+        "device": "cpu",
+    }
+    windows = [index for index, layer in enumerate(layers) if layer.in_window_pool]
+    pool: Any
+    if windows:
+        others = [index for index in range(len(layers)) if index not in windows]
+        pool = SWAKVPool(
+            size_swa=size,
+            swa_attention_layer_ids=windows,
+            full_attention_layer_ids=others,
+            **common,
+        )
+        pool.register_mapping(torch.zeros(size + page, dtype=torch.int64))
+    else:
+        pool = MHATokenToKVPool(layer_num=len(layers), enable_memory_saver=False, **common)
     for index in range(len(layers)):
         for buffer in (pool.get_key_buffer(index), pool.get_value_buffer(index)):
             if dtype.itemsize > 1:
@@ -111,8 +102,6 @@ def runner(
     """The parts of ModelRunner that the adapter reads."""
     requests = ReqToTokenPool(8, 320, "cpu", enable_memory_saver=False)
     pool = kv_pool(1024, page, layers, kv_dtype or dtype)
-    if any(layer.in_window_pool for layer in layers):
-        pool = SWAKVPool(pool, kv_pool(1024, page, layers, kv_dtype or dtype), layers)
     settings = SimpleNamespace(
         chunked_prefill_size=256,
         max_prefill_tokens=512,
@@ -129,6 +118,7 @@ def runner(
         dtype=dtype,
         kv_cache_dtype=kv_dtype or dtype,
         use_mla_backend=False,
+        dcp_size=1,
         is_draft_worker=False,
         spec_algorithm=SimpleNamespace(is_none=lambda: drafts == 0),
         server_args=settings,
@@ -164,6 +154,7 @@ class World:
         self.table = self.runner.req_to_token_pool.req_to_token
         self._pages = self.runner.token_to_kv_pool.size // self.page
         self.table.fill_(self._pages * self.page)  # a page that nobody owns, full of NaN
+        self.table[0] = 0  # of padded requests
         self.requests: list[Request] = []
         self._free = list(range(1, self._pages))
         random.Random(3).shuffle(self._free)
@@ -262,6 +253,50 @@ class World:
         self.backend.init_forward_metadata(batch)
         for index in range(len(self.layers)):
             self.run(batch, index)
+        self.grow(batch)
+
+    def graph_view(self, batch: Any, size: int) -> Any:
+        """SGLang's view of a batch for a graph of ``size`` requests, and nothing else of it."""
+        extra, drafts = size - batch.batch_size, max(batch.new)
+        fill = self.backend.get_cuda_graph_seq_len_fill_value()
+        pad = torch.nn.functional.pad
+        return SimpleNamespace(
+            batch_size=size,
+            forward_mode=batch.forward_mode,
+            actual_forward_mode=batch.forward_mode,
+            num_padding=extra,
+            req_pool_indices=pad(batch.req_pool_indices, (0, extra)),
+            seq_lens=pad(batch.seq_lens, (0, extra), value=fill),
+            seq_lens_cpu=None,
+            seq_lens_sum=None,
+            positions=None,
+            input_ids=torch.zeros(size * drafts, dtype=torch.int64),
+            out_cache_loc=batch.out_cache_loc,
+            encoder_lens=None,
+            spec_info=batch.spec_info,
+        )
+
+    def replay(self, batch: Any, size: int, seen: Tensor | None = None) -> None:
+        """Plan a step for a graph, take SGLang's tables away, and run all layers on static rows.
+
+        There is no GPU here: what a graph would replay is run.
+        """
+        view = self.graph_view(batch, size)
+        self.backend.init_forward_metadata_out_graph(view)
+        self.backend.init_forward_metadata_in_graph(view)
+        mapping = getattr(self.runner.token_to_kv_pool, "full_to_swa_index_mapping", None)
+        kept = [self.table.clone(), None if mapping is None else mapping.clone()]
+        for taken in (self.table, mapping):
+            if taken is not None:
+                taken.fill_(self._pages * self.page)
+        padding = (size - batch.batch_size) * max(batch.new)
+        slots = batch.out_cache_loc
+        batch.out_cache_loc = torch.nn.functional.pad(slots, (0, padding))
+        for index in range(len(self.layers)):
+            self.run(batch, index, padding, seen)
+        self.table.copy_(kept[0])
+        if mapping is not None:
+            mapping.copy_(kept[1])
         self.grow(batch)
 
     def grow(self, batch: Any) -> None:

@@ -57,7 +57,8 @@ class FiAttentionBackend(base_attn_backend.AttentionBackend):
         self._pool, self._page_size = runner.token_to_kv_pool, runner.page_size
         self._layers = {one: self._served(one, sinks) for one, sinks in modules.items()}
         self._limits = StepLimits.of(runner)
-        self._writes = getattr(runner, "tp_rank", 0) == 0 and not runner.is_draft_worker
+        ranks = torch.distributed
+        self._writes = not ranks.is_initialized() or ranks.get_rank() == 0
         self._plans = self._make_plans()
         requests = self._limits.general.max_requests
         self._tables = SlotTables(
@@ -193,12 +194,15 @@ class FiAttentionBackend(base_attn_backend.AttentionBackend):
         if mode.is_target_verify():
             if self._plans.verify is None:
                 hint = "set --speculative-num-draft-tokens"
-                support.refuse([sentence("forward_mode", "no verification", mode, hint)])
+                support.refuse([sentence("forward_mode", "no verification", mode.name, hint)])
             assert self._plans.verify is not None
             counts.verify_steps += 1
             # The lengths do not count the drafted tokens yet.
             qo_indptr = self._ones[: requests + 1] * self._drafts
             return self._plans.verify, qo_indptr, kv_len + self._drafts
+        if mode.is_dllm_extend():
+            hint = "diffusion models see their blocks both ways; " + support.KEEP_SGLANG
+            support.refuse([sentence("forward_mode", "causal steps", mode.name, hint)])
         qo_indptr = torch.zeros(requests + 1, dtype=torch.int32, device=self.device)
         torch.cumsum(fb.extend_seq_lens, 0, dtype=torch.int32, out=qo_indptr[1:])
         return self._plans.general, qo_indptr, kv_len

@@ -51,12 +51,21 @@ def runner_reasons(runner: Any) -> list[str]:
     if runner.kv_cache_dtype == torch.float8_e5m2:
         hint = "pass --kv-cache-dtype fp8_e4m3"
         reasons.append(sentence("kv_cache_dtype", "auto or fp8_e4m3", "fp8_e5m2", hint))
-    ranks = getattr(runner, "dcp_size", 1) or 1
+    ranks = _decode_context_ranks(runner)
     if ranks > 1:
         reasons.append(
             sentence("decode_context_parallel_size", "1", ranks, "use tensor parallelism")
         )
     return reasons
+
+
+def _decode_context_ranks(runner: Any) -> int:
+    """Return how many ranks hold parts of one request's cache."""
+    if hasattr(runner, "dcp_size"):  # 0.5.16
+        return int(runner.dcp_size)
+    from sglang.srt.runtime_context import get_parallel
+
+    return int(get_parallel().attn_dcp_size)
 
 
 def _pool_reasons(pool: Any) -> Iterator[str]:
