@@ -37,6 +37,8 @@ def random_prompt(length: int, seed: int | str) -> list[int]:
 class Engine:
     """A model in an engine of processes of its own, a context manager.
 
+    Engines must not overlap: one that ends takes all processes that this one has started along.
+
     Attributes:
         cached_tokens: of each prompt of the last call, tokens found in the radix cache.
     """

@@ -6,6 +6,7 @@ entries of the table.
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from torch import Tensor
 from fi_backend.integrations.sglang.backend import FiAttentionBackend
 
 NAN = float("nan")
+DEVICE = os.environ.get("FI_TEST_DEVICE", "cpu")  # of tensors; a GPU for work on the tests
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def kv_pool(size: int, page: int, layers: list[Layer], dtype: torch.dtype) -> An
         "dtype": dtype,
         "head_num": layers[0].kv_heads,
         "head_dim": layers[0].dim,
-        "device": "cpu",
+        "device": DEVICE,
     }
     windows = [index for index, layer in enumerate(layers) if layer.in_window_pool]
     pool: Any
@@ -80,7 +82,7 @@ def kv_pool(size: int, page: int, layers: list[Layer], dtype: torch.dtype) -> An
             full_attention_layer_ids=others,
             **common,
         )
-        pool.register_mapping(torch.zeros(size + page, dtype=torch.int64))
+        pool.register_mapping(torch.zeros(size + page, dtype=torch.int64, device=DEVICE))
     else:
         pool = MHATokenToKVPool(layer_num=len(layers), enable_memory_saver=False, **common)
     for index in range(len(layers)):
@@ -100,7 +102,7 @@ def runner(
     **changes: Any,
 ) -> Any:
     """The parts of ModelRunner that the adapter reads."""
-    requests = ReqToTokenPool(8, 320, "cpu", enable_memory_saver=False)
+    requests = ReqToTokenPool(8, 320, DEVICE, enable_memory_saver=False)
     pool = kv_pool(1024, page, layers, kv_dtype or dtype)
     settings = SimpleNamespace(
         chunked_prefill_size=256,
@@ -114,7 +116,7 @@ def runner(
         req_to_token_pool=requests,
         token_to_kv_pool=pool,
         page_size=page,
-        device="cpu",
+        device=DEVICE,
         dtype=dtype,
         kv_cache_dtype=kv_dtype or dtype,
         use_mla_backend=False,
@@ -158,10 +160,12 @@ class World:
         self.requests: list[Request] = []
         self._free = list(range(1, self._pages))
         random.Random(3).shuffle(self._free)
-        self._draw = torch.Generator().manual_seed(5)
+        self._draw = torch.Generator("cpu").manual_seed(5)
 
     def noise(self, *shape: int) -> Tensor:
-        return 2 * torch.randn(*shape, generator=self._draw)
+        """Values that the model's dtype has, in float32."""
+        drawn = 2 * torch.randn(*shape, generator=self._draw, device="cpu")
+        return drawn.to(DEVICE, self.runner.dtype).float()
 
     def request(self) -> Request:
         shape = (0, self.layers[0].kv_heads, self.layers[0].dim)
