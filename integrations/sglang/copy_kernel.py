@@ -1,8 +1,9 @@
-"""The kernel that copies the rows of a step's requests out of ``req_to_token``."""
+"""The kernel that copies the rows of a step's requests out of ``req_to_token``.
+
+Triton compiles annotations too, and knows its own alone: arguments of kernels have none.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -15,18 +16,18 @@ PROGRAMS = 8
 
 @triton.jit
 def fi_copy_rows(
-    own: Any,
-    slots: Any,
-    rows: Any,
-    qo_indptr: Any,
-    kv_len: Any,
-    slot_map: Any,
-    own_stride: Any,
-    slot_stride: Any,
-    window_left: Any,
+    own,
+    slots,
+    rows,
+    qo_indptr,
+    kv_len,
+    slot_map,
+    own_stride,
+    slot_stride,
+    window_left,
     page_size: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     """Copy one request's pages; see ``tables.copy_rows``."""
     request = tl.program_id(0)
     source = slots + tl.load(rows + request).to(tl.int64) * slot_stride

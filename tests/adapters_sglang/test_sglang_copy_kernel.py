@@ -1,4 +1,4 @@
-"""The kernel that copies rows of req_to_token, in Triton's interpreter, against plain torch."""
+"""The kernel that copies rows of req_to_token: in Triton's interpreter, and compiled for a GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fi_backend.integrations.sglang import copy_kernel
 
 SCRIPT = """
 import torch
@@ -41,3 +48,18 @@ def test_kernel_copies_what_torch_does(tmp_path: Path) -> None:
         check=False,
     )
     assert done.stdout.strip() == "equal", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_kernel_compiles_for_a_gpu(mapped: bool) -> None:
+    integers = dict.fromkeys(("own_stride", "slot_stride", "window_left"), "i32")
+    signature = {"own": "*i32", "slots": "*i32", "rows": "*i64", "qo_indptr": "*i32"}
+    signature |= {"kv_len": "*i64", "slot_map": "*i64" if mapped else "constexpr"} | integers
+    constants = {"page_size": 16, "block": copy_kernel.BLOCK}
+    source = ASTSource(
+        fn=copy_kernel.fi_copy_rows,
+        signature=signature | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants if mapped else constants | {"slot_map": None},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    assert len(compiled.asm["cubin"]) > 1000
