@@ -66,7 +66,6 @@ class FiAttentionBackend(base_attn_backend.AttentionBackend):
             self._page_size,
             self._pool,
             self._window_left(),
-            requests,
         )
         self._trees = TreeBits(requests, self._drafts, self.device)
         self._ones = self._counting(requests)

@@ -27,30 +27,23 @@ class SlotTables:
         pool: SGLang's KV pool; one for windows has ``full_to_swa_index_mapping``.
         window_left: tokens before its own that a query of a window layer may see, at most; None:
             no layer has a pool of its own.
-        max_requests: of a step.
     """
 
     def __init__(
-        self,
-        req_to_token: Tensor,
-        page_size: int,
-        pool: Any,
-        window_left: int | None,
-        max_requests: int,
+        self, req_to_token: Tensor, page_size: int, pool: Any, window_left: int | None
     ) -> None:
         self._slots, self._page_size, self._pool = req_to_token, page_size, pool
         self._window_left = window_left
         self._columns = -(-req_to_token.shape[1] // page_size)
-        self._main: Tensor | None = None
-        self._window: Tensor | None = None
-        if window_left is not None:
-            self._window = self._allocate(max_requests)
+        # Of graphs: all slots, and those of the window pool. Of eager steps: the latter.
+        self._main = self._window = self._eager_window = self._allocate(0)
 
     def reserve(self, max_requests: int) -> None:
         """Take the memory that graphs of up to this many requests read."""
-        if self._main is None or self._main.shape[0] < max_requests:
-            self._main = self._allocate(max_requests)
-        if self._window is not None and self._window.shape[0] < max_requests:
+        if self._main.shape[0] >= max_requests:
+            return
+        self._main = self._allocate(max_requests)
+        if self._window_left is not None:
             self._window = self._allocate(max_requests)
 
     def in_place(self, rows: Tensor, qo_indptr: Tensor, kv_len: Tensor) -> list[PageTable]:
@@ -61,25 +54,30 @@ class SlotTables:
             qo_indptr: int32 [requests + 1] device.
             kv_len: int64 [requests] device.
         """
-        size = self._page_size
+        size, requests = self._page_size, rows.numel()
         main = PageTable.indirect(self._slots, rows, size, entry_stride=size)
-        return [main, *self._translated(rows, qo_indptr, kv_len)]
+        if self._window_left is None:
+            return [main]
+        if self._eager_window.shape[0] < requests:  # rarely: twice as many as ever before
+            self._eager_window = self._allocate(1 << (requests - 1).bit_length())
+        return [main, self._translated(self._eager_window[:requests], rows, qo_indptr, kv_len)]
 
     def copied(self, rows: Tensor, qo_indptr: Tensor, kv_len: Tensor) -> list[PageTable]:
         """Return tables of our own at addresses that never change, filled in stream order.
 
         Arguments are those of ``in_place``; as many requests as were reserved.
         """
-        assert self._main is not None
         own = self._main[: rows.numel()]
         copy_rows(own, self._slots, rows, qo_indptr, kv_len, self._page_size)
         main = PageTable.dense(own, self._page_size)
-        return [main, *self._translated(rows, qo_indptr, kv_len)]
+        if self._window_left is None:
+            return [main]
+        return [main, self._translated(self._window[: rows.numel()], rows, qo_indptr, kv_len)]
 
-    def _translated(self, rows: Tensor, qo_indptr: Tensor, kv_len: Tensor) -> list[PageTable]:
-        if self._window is None:
-            return []
-        own = self._window[: rows.numel()]
+    def _translated(
+        self, own: Tensor, rows: Tensor, qo_indptr: Tensor, kv_len: Tensor
+    ) -> PageTable:
+        """Fill ``own`` with the slots of the window pool that the step's windows show."""
         copy_rows(
             own,
             self._slots,
@@ -90,7 +88,7 @@ class SlotTables:
             self._pool.full_to_swa_index_mapping,
             self._window_left,
         )
-        return [PageTable.dense(own, self._page_size)]
+        return PageTable.dense(own, self._page_size)
 
     def _allocate(self, rows: int) -> Tensor:
         return torch.zeros(rows, self._columns, dtype=torch.int32, device=self._slots.device)
