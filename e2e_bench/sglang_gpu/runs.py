@@ -15,7 +15,7 @@ OPTIONS: Mapping[str, Any] = {
     "max_total_tokens": 65536,
     "max_running_requests": 32,
     "chunked_prefill_size": 512,
-    "cuda_graph_max_bs": 32,
+    "cuda_graph_max_bs_decode": 32,
     "mem_fraction_static": 0.1,
     "sampling_backend": "pytorch",
     "grammar_backend": "none",

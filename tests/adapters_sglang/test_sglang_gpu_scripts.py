@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sglang.srt.server_args import ServerArgs
 
 from e2e_bench.sglang_gpu import tokens
 from e2e_bench.sglang_gpu.engine import _answer, find_run
@@ -25,6 +27,12 @@ def test_cases_are_what_they_say() -> None:
         assert find_run(case.ours.name) == case.ours
     trees = find_run("llama trees").engine_options()
     assert (trees["speculative_eagle_topk"], trees["attention_backend"]) == (2, OURS)
+
+
+def test_options_are_sglangs_own() -> None:
+    known = inspect.signature(ServerArgs).parameters
+    asked = {name for case in cases() for name in case.ours.engine_options()}
+    assert asked - set(known) == set()
 
 
 def result(ids: list[int], counts: dict[str, int]) -> dict[str, Any]:
