@@ -37,10 +37,14 @@ def runner_reasons(runner: Any) -> list[str]:
     flags = {
         "use_mla_backend": (runner.use_mla_backend, "multi-head latent attention"),
         "is_encoder_decoder": (config.is_encoder_decoder, "cross attention"),
+        "attention_chunk_size": (
+            getattr(config, "attention_chunk_size", None),
+            "chunked local attention",
+        ),
         "enable_hisparse": (getattr(runner, "enable_hisparse", False), "sparse attention"),
     }
     reasons = [
-        sentence(name, f"False ({what} is not served)", value, KEEP_SGLANG)
+        sentence(name, f"unset ({what} is not served)", value, KEEP_SGLANG)
         for name, (value, what) in flags.items()
         if value
     ]

@@ -42,7 +42,7 @@ def test_the_factory_makes_a_backend() -> None:
         (
             Layer(dim=16),
             {"use_mla_backend": True},
-            [r"use_mla_backend: expected False \(multi-head latent attention is not served\)"],
+            [r"use_mla_backend: expected unset \(multi-head latent attention is not served\)"],
         ),
         (Layer(dim=16), {}, [r"head_dim_qk: expected a multiple of 8 from 32 to 256, got 16"]),
         (
@@ -88,12 +88,14 @@ def test_cross_attention_and_temperatures_are_refused() -> None:
     asked.model.parents[1].attn.xai_temperature_len = 64
     asked.model.parents[2].attn.logit_capping_method = "sigmoid"
     asked.model_config.is_encoder_decoder = True
+    asked.model_config.attention_chunk_size = 8192
     with pytest.raises(Unsupported) as error:
         FiAttentionBackend(asked)
     assert [
         reason.split(";")[0] for reason in str(error.value).split("got ", 1)[1].split(" | ")
     ] == [
-        "is_encoder_decoder: expected False (cross attention is not served), got True",
+        "is_encoder_decoder: expected unset (cross attention is not served), got True",
+        "attention_chunk_size: expected unset (chunked local attention is not served), got 8192",
         "layer 0 is_cross_attention: expected False, got True",
         "layer 1 xai_temperature_len: expected -1, got 64",
         "layer 2 logit_capping_method: expected tanh, got sigmoid",
