@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from sglang_runner import Layer, World
+from sglang_parts import Layer
+from sglang_runner import World
 from torch import Tensor
 
 from fi_backend import PageTable

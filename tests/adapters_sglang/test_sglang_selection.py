@@ -14,7 +14,8 @@ from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.plugins import load_plugins
-from sglang_runner import Layer, World, runner
+from sglang_parts import Layer, runner
+from sglang_runner import World
 
 from fi_backend import Capacity, Unsupported
 from fi_backend.integrations import sglang as adapter

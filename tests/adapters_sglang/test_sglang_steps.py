@@ -9,7 +9,8 @@ import pytest
 import torch
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from sglang_runner import Layer, World
+from sglang_parts import Layer
+from sglang_runner import World
 
 from fi_backend import Unsupported
 from fi_backend.integrations import sglang as adapter
