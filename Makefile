@@ -22,6 +22,9 @@ test: env core lint ## environment, core, lint, then every test that needs no GP
 	@$(BIN)/python -m pytest tests/unit tests/cpu tests/adapters
 	@echo "==> tests through the real engines"
 	@$(BIN)/python -m pytest tests/engines
+	@echo "==> tests of the SGLang adapter, and through real engines"
+	@PYTHONPATH=tests/sglang_cpu SGLANG_USE_CPU_ENGINE=1 $(VENV)-sglang/bin/python -m pytest \
+	  tests/adapters_sglang tests/engines_sglang
 	@echo "==> results of other machines: a stale one is no failure"
 	@$(BIN)/python -m e2e_bench evidence
 
@@ -39,7 +42,7 @@ test-gpu: $(if $(filter $(VENV)/bin,$(BIN)),env core) ## tests/cuda and compute-
 	@echo "==> the kernels under compute-sanitizer"
 	@$(BIN)/python tests/sanitize.py --evidence $(EVIDENCE)
 
-env: ## the virtual environment of requirements/, made once per change of the locks
+env: ## the virtual environments of requirements/, made once per change of the locks
 	@.ci/env $(PYTHON) $(VENV)
 
 core: ## development build of the native core, into the source tree

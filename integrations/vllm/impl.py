@@ -21,14 +21,15 @@ from fi_backend import (
     attention,
 )
 
+from ..common.logits import LayerLogits
+from ..common.reasons import sentence
+from ..common.sharing import shares_prefixes
 from . import support
 from .counters import counts
 from .kv_layout import kv_view
 from .limits import StepLimits
-from .logits import LayerLogits
 from .metadata import StepMetadata
 from .scratch import DeviceScratch, invariant_chunk, reserve_scratch
-from .sharing import shares_prefixes
 
 
 class FiAttentionImpl(AttentionImpl[StepMetadata]):
@@ -175,7 +176,7 @@ class FiAttentionImpl(AttentionImpl[StepMetadata]):
             ``output``.
         """
         if output_scale is not None or output_block_scale is not None:
-            support.refuse([support.sentence("output_scale", "None", "a scale", support.KEEP_VLLM)])
+            support.refuse([sentence("output_scale", "None", "a scale", support.KEEP_VLLM)])
         if attn_metadata is None:
             counts.profiling_forwards += 1
             return output.zero_()

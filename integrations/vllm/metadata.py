@@ -27,13 +27,15 @@ from fi_backend import (
     why_not,
 )
 
+from ..common.reasons import sentence
+from ..common.sharing import shares_prefixes
 from . import support
 from .counters import counts
 from .graphs import takes_decode_plan
 from .limits import StepLimits
 from .recorder import recorder
 from .scratch import invariant_chunk, shared_workspace
-from .sharing import shared_reads, shares_prefixes
+from .sharing import shared_reads
 from .threads import start_threads
 
 if TYPE_CHECKING:
@@ -147,7 +149,7 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         causal = step.causal
         if isinstance(causal, Tensor):
             what = "one value for the whole batch"
-            support.refuse([support.sentence("causal", what, "one per request", support.KEEP_VLLM)])
+            support.refuse([sentence("causal", what, "one per request", support.KEEP_VLLM)])
         batch = self._batch(step)
         group = self._plan_of(step, causal=bool(causal))
         if self._may_sleep:

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
-from fi_backend import AttentionConfig, Unsupported, why_not
+from fi_backend import AttentionConfig, why_not
+
+from ..common.reasons import refuse as refuse_all
+from ..common.reasons import sentence
 
 # Names of vLLM's attention types; the engine passes either these strings or an enum of them.
 DECODER, ENCODER_ONLY, ENCODER_DECODER = "decoder", "encoder_only", "encoder_decoder"
@@ -45,22 +48,9 @@ REFUSED_FLAGS = {
 KEEP_VLLM = "leave --attention-backend unset to keep vLLM's own"
 
 
-def sentence(argument: str, rule: str, got: object, hint: str) -> str:
-    """Return a reason in the form that all of fi_backend's errors have."""
-    return f"{argument}: expected {rule}, got {got}; {hint}"
-
-
 def refuse(reasons: Sequence[str]) -> None:
     """Raise Unsupported with all reasons, if there are any."""
-    if reasons:
-        raise Unsupported(
-            sentence(
-                "attention_backend",
-                "a layer that fi_backend serves",
-                " | ".join(reasons),
-                KEEP_VLLM,
-            )
-        )
+    refuse_all(reasons, "a layer that fi_backend serves", KEEP_VLLM)
 
 
 def selection_reasons(device: str, fields: Mapping[str, Any]) -> list[str]:

@@ -29,9 +29,9 @@ from vllm_layers import (
     vllm_layer,
 )
 
+from fi_backend.integrations.common.logits import LayerLogits
 from fi_backend.integrations.vllm import metadata, reset_stats, stats
 from fi_backend.integrations.vllm.backend import FiBackend
-from fi_backend.integrations.vllm.logits import LayerLogits
 from fi_backend.integrations.vllm.metadata import StepMetadataBuilder
 
 FULL_MODES = [

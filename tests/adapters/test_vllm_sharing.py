@@ -20,11 +20,11 @@ from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, EncoderOnlyAtt
 from vllm_layers import Layer, Step, make_builder, make_step, run_layer, vllm_config, vllm_layer
 
 from fi_backend import Capacity
+from fi_backend.integrations.common.sharing import SharedReads, in_short
 from fi_backend.integrations.vllm import metadata, reset_stats, sharing, stats
 from fi_backend.integrations.vllm.backend import FiBackend
 from fi_backend.integrations.vllm.limits import StepLimits
 from fi_backend.integrations.vllm.metadata import StepMetadataBuilder
-from fi_backend.integrations.vllm.sharing import SharedReads, in_short
 
 PAGE = 16
 # Four decodes that hold the same first 256 tokens, and one that shares nothing.
@@ -201,7 +201,7 @@ class Played:
     def __init__(self) -> None:
         self.now = 0.0
         self.forest = Forest()
-        self.reads = SharedReads(lambda: self.now)
+        self.reads = SharedReads(sharing.logger, lambda: self.now)
         planner: Any = SimpleNamespace(forests=(self.forest,))
         self.reads.watch(planner, writes=True)
 

@@ -93,6 +93,7 @@ def test_metadata(unpacked: Path) -> None:
     points.read(info / "entry_points.txt")
     assert points["console_scripts"]["fi-backend"] == "fi_backend.__main__:main"
     assert points["vllm.general_plugins"]["fi_backend"] == "fi_backend.integrations.vllm:register"
+    assert points["sglang.srt.plugins"]["fi_backend"] == "fi_backend.integrations.sglang:register"
     assert (info / "licenses/LICENSE").read_text().lstrip().startswith("Apache License")
     metadata = (info / "METADATA").read_text()
     assert "Requires-Python: >=3.11" in metadata

@@ -12,7 +12,7 @@ from fi_backend.variants import Variant, shipped
 
 
 class LayerLogits:
-    """Soft cap, then ALiBi, then sinks: those that the layer has, in vLLM's order.
+    """Soft cap, then ALiBi, then sinks: those that the layer has, in this order.
 
     Args:
         cap: logits are squeezed into (-cap, cap); None or 0: no cap.
@@ -46,12 +46,12 @@ class LayerLogits:
         """
         if self._sink_logits is None:
             return
-        filled = self._sink_logits.detach().to(torch.float32).contiguous()
         bound = self._params.get("sinks")
-        if isinstance(bound, Tensor) and bound.data_ptr() != filled.data_ptr():
-            bound.copy_(filled)
-        else:
+        if not isinstance(bound, Tensor):
+            filled = self._sink_logits.detach().to(torch.float32).contiguous()
             self._params["sinks"] = filled
+        elif bound.data_ptr() != self._sink_logits.data_ptr():
+            bound.copy_(self._sink_logits.detach())
 
 
 @cache
