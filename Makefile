@@ -4,6 +4,10 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 STEP := .ci/step
+# Of make demo: vllm or sglang, and the interpreter that has it.
+ENGINE ?= vllm
+PYTHON_OF_vllm = $(BIN)/python
+PYTHON_OF_sglang = PYTHONPATH=$(CURDIR)/tests/sglang_cpu SGLANG_USE_CPU_ENGINE=1 $(VENV)-sglang/bin/python
 # Where test-gpu leaves tests-<gpu>.json, which is committed.
 EVIDENCE ?= e2e_bench/results
 CXX_FILES = $(shell find kernels -name '*.h' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
@@ -14,8 +18,8 @@ CXX_FILES = $(shell find kernels -name '*.h' -o -name '*.cc' -o -name '*.cuh' -o
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
-demo: env core ## vLLM serves a small model through this backend; pictures and figures in demo_output/
-	@$(BIN)/python -m e2e_bench.demo
+demo: env core ## vLLM, or with ENGINE=sglang SGLang, serves a small model; results in demo_output/
+	@$(PYTHON_OF_$(ENGINE)) -m e2e_bench.demo --engine $(ENGINE)
 
 test: env core lint ## environment, core, lint, then every test that needs no GPU
 	@echo "==> tests of planner, kernels, package and adapters"
@@ -23,8 +27,7 @@ test: env core lint ## environment, core, lint, then every test that needs no GP
 	@echo "==> tests through the real engines"
 	@$(BIN)/python -m pytest tests/engines
 	@echo "==> tests of the SGLang adapter, and through real engines"
-	@PYTHONPATH=tests/sglang_cpu SGLANG_USE_CPU_ENGINE=1 $(VENV)-sglang/bin/python -m pytest \
-	  tests/adapters_sglang tests/engines_sglang
+	@$(PYTHON_OF_sglang) -m pytest tests/adapters_sglang tests/engines_sglang
 	@echo "==> results of other machines: a stale one is no failure"
 	@$(BIN)/python -m e2e_bench evidence
 

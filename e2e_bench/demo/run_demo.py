@@ -1,8 +1,8 @@
-"""The demo: one tiny model, one load, first vLLM's own attention, then ours.
+"""The demo: one tiny model, one load, first the engine's own attention, then ours.
 
-Makes the model, starts a real ``vllm serve`` with each backend, one after the other, sends requests
-that share a prefix, and says whether both answer with the same tokens and how fast. It ends with
-pictures of steps that our planner drew inside the running server.
+Makes the model, starts a real server of vLLM or SGLang with each backend, one after the other,
+sends requests that share a prefix, and says whether both answer with the same tokens and how fast.
+Under vLLM it ends with pictures of steps that our planner drew inside the running server.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from e2e_bench.demo import tiny_models
 from e2e_bench.demo.load import Figures, Stream, figures, run_wave
-from e2e_bench.demo.server import Server, ServerFailed
+from e2e_bench.demo.server import Server, ServerFailed, SglangServer
 
 MODEL = "demo"
 NUM_REQUESTS = 12
@@ -48,13 +48,42 @@ TASKS = (
 
 
 @dataclass(frozen=True)
+class Engine:
+    """An engine, and how to start it with its own attention and with ours.
+
+    Attributes:
+        name: as people write it.
+        stock: of its attention backends the one to compare with; None: its own choice.
+        ours: the name that selects fi_backend.
+        server: what starts it.
+        start_s: until it answers, on a small machine.
+        load_s: for all waves.
+        options: command line.
+    """
+
+    name: str
+    stock: str | None
+    ours: str
+    server: type[Server]
+    start_s: int
+    load_s: int
+    options: tuple[str, ...] = ()
+
+
+ENGINES = {
+    "vllm": Engine("vLLM", None, "CUSTOM", Server, 30, 10, OPTIONS),
+    "sglang": Engine("SGLang", "torch_native", "fi", SglangServer, 45, 80),
+}
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What one backend did.
 
     Attributes:
         waves: streams of the measured waves.
         figures: their figures.
-        counts: our adapter's counters; None for vLLM's own attention.
+        counts: our adapter's counters; None for the engine's own attention.
         pictures: drawn steps.
     """
 
@@ -96,29 +125,32 @@ def wave_prompts(wave: int) -> list[str]:
     return [f"{shared}\n\n{task}" for task in TASKS[:NUM_REQUESTS]]
 
 
-def run_backend(backend: str | None, model: Path, output: Path, progress: Progress) -> Outcome:
+def run_backend(
+    engine: Engine, *, is_ours: bool, model: Path, output: Path, progress: Progress
+) -> Outcome:
     """Start a server, measure it and stop it; draws steps if the attention is ours."""
-    title = "vLLM's own attention" if backend is None else "fi_backend"
-    options: tuple[str, ...] = OPTIONS
-    environment = {}
-    if backend is not None:
-        options = (*OPTIONS, "--worker-extension-cls", WORKER_EXTENSION)
+    title = "fi_backend" if is_ours else f"{engine.name}'s own attention"
+    draws = is_ours and engine.server is Server
+    options, environment = engine.options, {}
+    if draws:
+        options = (*options, "--worker-extension-cls", WORKER_EXTENSION)
         environment = {"VLLM_SERVER_DEV_MODE": "1"}  # opens the extension's methods to us
-    log = output / f"server-{'stock' if backend is None else 'fi_backend'}.log"
-    server = Server(model, backend, log, options, environment)
+    log = output / f"server-{'fi_backend' if is_ours else 'stock'}.log"
+    backend = engine.ours if is_ours else engine.stock
+    server = engine.server(model, backend, log, options, environment)
     try:
-        with progress.phase(f"starting vllm serve with {title}", 30):
+        with progress.phase(f"starting {server.program} with {title}", engine.start_s):
             server.start()
             server.wait()
         what = f"{MEASURED_WAVES} waves of {NUM_REQUESTS} requests that share a prefix"
-        with progress.phase(f"{what}, after one to warm up", 10):
+        with progress.phase(f"{what}, after one to warm up", engine.load_s):
             run_wave(server, wave_prompts(0), NEW_TOKENS)
             waves = [
                 run_wave(server, wave_prompts(1 + i), NEW_TOKENS) for i in range(MEASURED_WAVES)
             ]
-        counts, pictures = None, []
-        if backend is not None:
-            counts = server.call_worker("fi_backend_stats")
+        counts = server.counts() if is_ours else None
+        pictures = []
+        if draws:
             with progress.phase("drawing two steps of the running engine", 8):
                 pictures = draw_steps(server, output)
     finally:
@@ -159,9 +191,9 @@ def print_texts(waves: Sequence[Sequence[Stream]]) -> None:
         print(f"    {task:26} {stream.text[:66]!r}")
 
 
-def print_table(stock: Figures, ours: Figures) -> None:
+def print_table(engine: Engine, stock: Figures, ours: Figures) -> None:
     """Print both backends' figures side by side."""
-    print(f"    {'':34}{'vLLM':>10}{'fi_backend':>12}")
+    print(f"    {'':34}{engine.name:>10}{'fi_backend':>12}")
     for name, label in (
         ("tokens_per_s", "generated tokens per second"),
         ("ttft_ms", "time to first token, median, ms"),
@@ -176,21 +208,26 @@ def main() -> None:
     """Run the demo; ends with status 1 if the backends disagree or ours did not run."""
     parser = argparse.ArgumentParser(prog="python -m e2e_bench.demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="where to write")
-    output: Path = parser.parse_args().output.absolute()
+    parser.add_argument("--engine", choices=ENGINES, default="vllm", help="which one serves")
+    args = parser.parse_args()
+    engine, output = ENGINES[args.engine], args.output.absolute()
     output.mkdir(parents=True, exist_ok=True)
     progress = Progress()
-    progress.say("demo of fi_backend behind vllm serve, about 100 s; logs in " + str(output))
+    about_s = 20 + 2 * (engine.start_s + engine.load_s)
+    progress.say(f"demo of fi_backend behind {engine.name}, about {about_s} s; logs in {output}")
     with progress.phase(f"the tiny model '{MODEL}' with random weights", 6):
         model = tiny_models.make(MODEL, tiny_models.cache_folder())
     try:
-        stock = run_backend(None, model, output, progress)
-        ours = run_backend("CUSTOM", model, output, progress)
+        stock, ours = (
+            run_backend(engine, is_ours=is_ours, model=model, output=output, progress=progress)
+            for is_ours in (False, True)
+        )
     except ServerFailed as error:
         sys.exit(f"{error}\n\nThe whole log is in {output}.")
-    sys.exit(report(stock, ours, output, progress))
+    sys.exit(report(engine, stock, ours, output, progress))
 
 
-def report(stock: Outcome, ours: Outcome, output: Path, progress: Progress) -> int:
+def report(engine: Engine, stock: Outcome, ours: Outcome, output: Path, progress: Progress) -> int:
     """Print the summary, write it as JSON, and return the exit status."""
     different = differences(stock, ours)
     forwards = (ours.counts or {}).get("forwards", 0)
@@ -198,12 +235,12 @@ def report(stock: Outcome, ours: Outcome, output: Path, progress: Progress) -> i
     print("\nWhat the model wrote through fi_backend (random weights: nonsense, but the same):")
     print_texts(ours.waves)
     print(f"\nFigures of {total} streams of {NEW_TOKENS} tokens, {NUM_REQUESTS} at a time:")
-    print_table(stock.figures, ours.figures)
-    verdict = "the same tokens as vLLM's own attention in all streams"
+    print_table(engine, stock.figures, ours.figures)
+    verdict = f"the same tokens as {engine.name}'s own attention in all streams"
     if different:
-        verdict = f"OTHER TOKENS than vLLM's own attention: {'; '.join(different)}"
+        verdict = f"OTHER TOKENS than {engine.name}'s own attention: {'; '.join(different)}"
     if not forwards:
-        verdict = "fi_backend did not run: vLLM served the model with its own attention"
+        verdict = f"fi_backend did not run: {engine.name} served the model with its own attention"
     print(f"\nSummary: {verdict}.")
     print(f"    attention layers run by fi_backend: {forwards}")
     for picture in ours.pictures:
@@ -211,7 +248,7 @@ def report(stock: Outcome, ours: Outcome, output: Path, progress: Progress) -> i
     result = {
         "equal": not different,
         "counts": ours.counts,
-        "vllm": asdict(stock.figures),
+        engine.name.lower(): asdict(stock.figures),
         "fi_backend": asdict(ours.figures),
     }
     path = output / "figures.json"

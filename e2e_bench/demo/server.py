@@ -1,4 +1,4 @@
-"""A ``vllm serve`` process: started, waited for, asked, stopped. Demo and tests use it."""
+"""A server process of an engine: started, waited for, asked, stopped. Demo and tests use it."""
 
 from __future__ import annotations
 
@@ -35,21 +35,32 @@ ENGINE_ENVIRONMENT = {
 }
 
 
+# On a CPU SGLang's default is a backend for AMX; the cache and steps are small.
+SGLANG_OPTIONS = (
+    *("--device", "cpu", "--dtype", "float32", "--mem-fraction-static", "0.1"),
+    *("--max-total-tokens", "8192", "--max-running-requests", "16", "--context-length", "2048"),
+    *("--chunked-prefill-size", "512", "--sampling-backend", "pytorch"),
+    *("--grammar-backend", "none"),
+)
+
+
 class ServerFailed(RuntimeError):
     """The server ended or did not answer in time; the message carries the end of its log."""
 
 
 @dataclass
 class Server:
-    """One server, a context manager.
+    """One ``vllm serve``, a context manager.
 
     Attributes:
         model: folder of the model.
-        backend: attention backend; None: vLLM's own choice.
+        backend: attention backend; None: the engine's own choice.
         log: where its output goes.
-        options: further command line of ``vllm serve``.
+        options: further command line.
         environment: further environment variables.
     """
+
+    program = "vllm serve"
 
     model: Path
     backend: str | None
@@ -65,12 +76,16 @@ class Server:
         """Address of the OpenAI API."""
         return f"http://127.0.0.1:{self.port}"
 
+    def command(self) -> list[str]:
+        """Return the command line up to address, backend and options."""
+        engine = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model)]
+        return [*engine, "--dtype", "float32", "--enforce-eager"]
+
     def start(self) -> None:
         """Start the process; ``wait`` returns when it answers."""
         self.port = self.port or free_port()
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model)]
-        command += ["--served-model-name", MODEL_NAME, "--port", str(self.port)]
-        command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"]
+        command = [*self.command(), "--served-model-name", MODEL_NAME]
+        command += ["--host", "127.0.0.1", "--port", str(self.port)]
         command += [] if self.backend is None else ["--attention-backend", self.backend]
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
@@ -92,7 +107,8 @@ class Server:
         started = time.monotonic()
         while time.monotonic() - started < STARTUP_LIMIT_S:
             if self._process.poll() is not None:
-                raise ServerFailed(f"vllm serve ended with {self._process.returncode}: {self.tail}")
+                status = self._process.returncode
+                raise ServerFailed(f"{self.program} ended with {status}: {self.tail}")
             try:
                 urllib.request.urlopen(f"{self.url}/health", timeout=1).close()
             except (urllib.error.URLError, OSError):
@@ -115,6 +131,11 @@ class Server:
         with urllib.request.urlopen(request, timeout=120) as answer:
             text = answer.read()
         return json.loads(text) if text else None
+
+    def counts(self) -> dict[str, int]:
+        """Return what our adapter counted; as ``call_worker``."""
+        counted: dict[str, int] = self.call_worker("fi_backend_stats")
+        return counted
 
     def call_worker(self, method: str, *args: Any) -> Any:
         """Return the first worker's answer to a method; needs VLLM_SERVER_DEV_MODE=1."""
@@ -159,6 +180,24 @@ class Server:
     ) -> None:
         """Stop."""
         self.stop()
+
+
+class SglangServer(Server):
+    """One ``sglang.launch_server``; the package's interpreter must have SGLang."""
+
+    program = "sglang.launch_server"
+
+    def command(self) -> list[str]:
+        """Return the command line up to address, backend and options."""
+        engine = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(self.model)]
+        return [*engine, *SGLANG_OPTIONS]
+
+    def counts(self) -> dict[str, int]:
+        """Return what our adapter counted in the scheduler's process; empty: it did not run."""
+        with urllib.request.urlopen(f"{self.url}/server_info", timeout=30) as answer:
+            states = json.loads(answer.read())["internal_states"]
+        counted: dict[str, int] = states[0].get("fi_backend", {})
+        return counted
 
 
 def _group_lives(group: int) -> bool:

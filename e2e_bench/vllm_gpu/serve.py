@@ -147,7 +147,7 @@ def kv_reads(server: Server, name: str) -> dict[str, int]:
     """Return what our planners counted in the server so far; nothing for another backend."""
     if name not in OURS:
         return {}
-    counts = server.call_worker("fi_backend_stats")
+    counts = server.counts()
     return {key: counts[key] for key in ("kv_tokens", "saved_kv_tokens")}
 
 
