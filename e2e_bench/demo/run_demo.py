@@ -58,6 +58,7 @@ class Engine:
         server: what starts it.
         start_s: until it answers, on a small machine.
         load_s: for all waves.
+        draws: whether its adapter draws steps when it is asked to.
         options: command line.
     """
 
@@ -67,11 +68,12 @@ class Engine:
     server: type[Server]
     start_s: int
     load_s: int
+    draws: bool = False
     options: tuple[str, ...] = ()
 
 
 ENGINES = {
-    "vllm": Engine("vLLM", None, "CUSTOM", Server, 30, 10, OPTIONS),
+    "vllm": Engine("vLLM", None, "CUSTOM", Server, 30, 10, draws=True, options=OPTIONS),
     "sglang": Engine("SGLang", "torch_native", "fi", SglangServer, 45, 80),
 }
 
@@ -130,7 +132,7 @@ def run_backend(
 ) -> Outcome:
     """Start a server, measure it and stop it; draws steps if the attention is ours."""
     title = "fi_backend" if is_ours else f"{engine.name}'s own attention"
-    draws = is_ours and engine.server is Server
+    draws = is_ours and engine.draws
     options, environment = engine.options, {}
     if draws:
         options = (*options, "--worker-extension-cls", WORKER_EXTENSION)

@@ -78,3 +78,9 @@ def test_tensors_without_memory_are_not_remembered() -> None:
     assert q is not None
     with pytest.raises(RuntimeError, match="meta"):
         _core.CallTensors().remember(_core.KernelParams(), q.to("meta"), *others, 1.0, False)
+
+
+def test_an_older_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    with pytest.raises(RuntimeError, match=r"torch: expected 2\.11 or newer.*pip install"):
+        _core.CallTensors()
