@@ -31,6 +31,13 @@ __device__ inline float reciprocal(float x) {
   return y;
 }
 
+// A word whose bits from `first` on are set. PTX ISA 9.7.8.8: a shift by 32 or more leaves nothing.
+__device__ inline uint32_t bits_from(int first) {
+  uint32_t bits;
+  asm("shl.b32 %0, %1, %2;" : "=r"(bits) : "r"(~0u), "r"(max_i32(first, 0)));
+  return bits;
+}
+
 // The larger of two; NaN if either is. PTX ISA 9.7.3.12.
 __device__ inline float max_nan(float x, float y) {
   float z;

@@ -7,9 +7,15 @@ namespace fi::ptx {
 
 // 16 bytes past L1; writes zeros and reads nothing when !valid.
 __device__ inline void cp_async_16(uint32_t smem, const void* gmem, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(smem), "l"(gmem),
-               "r"(valid ? 16 : 0)
-               : "memory");
+  // A predicate costs nothing; a number of bytes to read, arithmetic on both addresses.
+  asm volatile(
+      "{\n"
+      ".reg .pred ignore;\n"
+      "setp.eq.u32 ignore, %2, 0;\n"
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, ignore;\n"
+      "}\n" ::"r"(smem),
+      "l"(gmem), "r"(static_cast<uint32_t>(valid))
+      : "memory");
 }
 
 // 8 bytes through L1.

@@ -122,7 +122,7 @@ __device__ inline void load_rows(const KernelParams& p, CurrentItem& current, Va
 // 16 bytes of a row to shared memory; zeros and no access when !valid. Unaligned rows are read
 // element by element, and have landed when the CTA barrier that ends a stage's wait is passed.
 template <class S, class Element>
-__device__ inline void copy_chunk(uint32_t smem, const Element* source, bool valid) {
+__device__ inline void copy_chunk(uint32_t smem, const char* source, bool valid) {
   if constexpr (S::kAligned) {
     ptx::cp_async_16(smem, source, valid);
   } else {
@@ -174,7 +174,8 @@ __device__ inline void load_q(const KernelParams& p, int num_rows, const Variant
   };
   if constexpr (!S::kFp8) {
     for_each_part<T::kRows, S::kHeadDimQk / 8, T::kThreads, 4>(thread, [&](int x, int chunk) {
-      copy_chunk<S>(smem_q + x * kPitch + chunk * 16, source_of(x) + chunk * 8, x < num_rows);
+      const char* source = reinterpret_cast<const char*>(source_of(x) + chunk * 8);
+      copy_chunk<S, Element>(smem_q + x * kPitch + chunk * 16, source, x < num_rows);
     });
   } else {
     for_each_part<T::kRows, S::kHeadDimQk / 16, T::kThreads, 4>(thread, [&](int x, int group) {
@@ -218,11 +219,12 @@ struct KvTiles {
   }
 };
 
-// Where a token's K and V rows begin, in elements from the cache's bases; kNoRow past the range.
+// Where a token's K and V rows begin, in bytes from the cache's bases; kNoRow past the range, which
+// is a source of copies that read nothing.
 struct alignas(16) RowOffsets {
   int64_t k, v;
 };
-constexpr int64_t kNoRow = -1;
+constexpr int64_t kNoRow = -16;
 
 // Loads KV tiles through the page table in three steps, each a tile ahead of the next: fetch()
 // reads a tile's page ids, one token a thread; publish() turns them into offsets in shared memory;
@@ -232,9 +234,8 @@ template <class S, class T>
 class KvLoader {
   using Element = typename S::KvElement;
   static constexpr SharedPlan kPlan = kShared<S, T>;
-  static constexpr int kPerChunk = 16 / S::kKvBytes;  // elements
-  static constexpr int kChunksK = S::kHeadDimQk / kPerChunk;
-  static constexpr int kChunksV = S::kHeadDimVo / kPerChunk;
+  static constexpr int kChunksK = S::kHeadDimQk * S::kKvBytes / 16;
+  static constexpr int kChunksV = S::kHeadDimVo * S::kKvBytes / 16;
   // Threads of one token row; each copies every 8th (4th) of its chunks.
   static constexpr int kLanesPerRow = max_int(kChunksK, kChunksV) < 8 ? 4 : 8;
   static constexpr int kRowsPerPass = T::kThreads / kLanesPerRow;
@@ -285,24 +286,32 @@ class KvLoader {
       const KvStrides& v = kFromShared ? current_.v_stride : p_.kv.v_stride;
       row.k = page * k.page + in_page * k.token + current_.item.kv_head * k.head;
       row.v = page * v.page + in_page * v.token + current_.item.kv_head * v.head;
+      row.k *= S::kKvBytes;
+      row.v *= S::kKvBytes;
     }
     offsets_[tile % T::kStages * T::kKvTile + token] = row;
   }
 
-  // Starts the copies of a published tile; past the last one, of zeros.
+  // Starts the copies of a published tile; past the last one, of zeros. What depends on the thread
+  // comes first in each address: the rest are constants of the instruction.
   __device__ void load(int tile, uint32_t smem) const {
     const uint32_t thread = ptx::thread_index();
-    const int lane = thread % kLanesPerRow;
+    const uint32_t lane = thread % kLanesPerRow, first_row = thread / kLanesPerRow;
+    const RowOffsets* offsets = offsets_ + tile % T::kStages * T::kKvTile + first_row;
+    const uint32_t smem_k = smem + lane * 16 + first_row * kPlan.pitch_k;
+    const uint32_t smem_v = smem + lane * 16 + first_row * kPlan.pitch_v + kPlan.stage_k;
+    const char* k = static_cast<const char*>(p_.kv.k) + lane * 16;
+    const char* v = static_cast<const char*>(p_.kv.v) + lane * 16;
+    RowOffsets at[kPasses];
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int row = pass * kRowsPerPass + thread / kLanesPerRow;
-      if (T::kKvTile % kRowsPerPass != 0 && row >= T::kKvTile) continue;
-      const RowOffsets at = offsets_[tile % T::kStages * T::kKvTile + row];
-      const bool valid = at.k != kNoRow;
-      const Element* k = static_cast<const Element*>(p_.kv.k) + (valid ? at.k : 0);
-      const Element* v = static_cast<const Element*>(p_.kv.v) + (valid ? at.v : 0);
-      copy_row<kChunksK>(smem + row * kPlan.pitch_k, k, lane, valid);
-      copy_row<kChunksV>(smem + kPlan.stage_k + row * kPlan.pitch_v, v, lane, valid);
+    for (int i = 0; i < kPasses; ++i) at[i] = offsets[i * kRowsPerPass];
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      const int row = i * kRowsPerPass;
+      if (T::kKvTile % kRowsPerPass != 0 && row + first_row >= T::kKvTile) continue;
+      const bool valid = at[i].k >= 0;
+      copy_row<kChunksK>(smem_k + row * kPlan.pitch_k, k + at[i].k, lane, valid);
+      copy_row<kChunksV>(smem_v + row * kPlan.pitch_v, v + at[i].v, lane, valid);
     }
   }
 
@@ -312,13 +321,13 @@ class KvLoader {
     return pos % p_.table.page_size;
   }
 
+  // This lane's chunks of a row, from its first one on.
   template <int kChunks>
-  __device__ static void copy_row(uint32_t smem, const Element* row, int lane, bool valid) {
+  __device__ static void copy_row(uint32_t smem, const char* source, uint32_t lane, bool valid) {
 #pragma unroll
-    for (int c = 0; c < (kChunks + kLanesPerRow - 1) / kLanesPerRow; ++c) {
-      const int chunk = c * kLanesPerRow + lane;
-      if (kChunks % kLanesPerRow == 0 || chunk < kChunks) {
-        copy_chunk<S>(smem + chunk * 16, row + chunk * kPerChunk, valid);
+    for (int chunk = 0; chunk < kChunks; chunk += kLanesPerRow) {
+      if (kChunks % kLanesPerRow == 0 || chunk + lane < kChunks) {
+        copy_chunk<S, Element>(smem + chunk * 16, source + chunk * 16, valid);
       }
     }
   }

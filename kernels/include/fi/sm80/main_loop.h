@@ -213,20 +213,21 @@ class WarpLoop {
     for (int b = 0; b < T::kRowBlocks; ++b) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        // Two bounds per row decide an element: comparisons only, no branch.
+        // A row's band in bits, 32 columns a word: an element costs a test of its bit, no branch.
         const int q_pos = rows_[first + b * 16 + half * 8 + lane / 4].q_pos;
         const int column = kv_begin + lane % 4 * 2;
         const int end = band.right >= 0 ? min_i32(kv_end, q_pos + band.right + 1) : kv_end;
-        const int high = end - column;
-        const int low = band.left >= 0 ? q_pos - band.left - column : -(1 << 30);
-        const int sink = band.sink_prefix - column;
+        const int begin = band.left >= 0 ? q_pos - band.left : 0;
 #pragma unroll
-        for (int n = 0; n < kColBlocks; ++n) {
+        for (int word = 0; word < kColBlocks; word += 4) {
+          const int at = column + word * 8;
+          const uint32_t in_window = bits_from(begin - at) | ~bits_from(band.sink_prefix - at);
+          const uint32_t seen = in_window & ~bits_from(end - at);
 #pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const int at = n * 8 + c;
-            const bool seen = (at < high) & ((at >= low) | (at < sink));
-            s[b][n][half * 2 + c] = seen ? s[b][n][half * 2 + c] : masked_value();
+          for (int bit = 0; bit < min_i32(kColBlocks - word, 4) * 8; ++bit) {
+            if (bit % 8 > 1) continue;
+            float& x = s[b][word + bit / 8][half * 2 + bit % 8];
+            x = seen >> bit & 1 ? x : masked_value();
           }
         }
       }
