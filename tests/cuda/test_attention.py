@@ -106,15 +106,12 @@ def test_nan_in_a_query_shows(
     assert result.out.isfinite().all() and result.lse.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
-def test_what_one_request_left_in_shared_memory_is_not_seen_by_the_next(
-    device: str, dtype: torch.dtype
-) -> None:
+def test_what_one_request_left_in_shared_memory_is_not_seen_by_the_next(device: str) -> None:
     """One CTA takes them all; tokens past the end of the short ones have to be zeros there."""
-    case = Case("left", ((1, 300), (1, 3), (1, 40), (70, 90)), heads(4, 128), BF16, dtype)
+    case = Case("left", ((1, 300), (1, 3), (1, 40), (70, 90)), heads(4, 128), BF16)
     problem = make_problem(case)
     pages = problem.batch.page_table.entries[0, : -(-300 // case.page_size)].long()
-    problem.kv.v.view(torch.uint8)[pages] = 0xFF  # NaN in either type
+    problem.kv.v[pages] = math.nan
     result = run(case, problem, 1, on(device))
     assert result.out[0].isnan().all()
     assert result.out[1:73].isfinite().all() and result.lse[:73].isfinite().all()

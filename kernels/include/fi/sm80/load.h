@@ -302,16 +302,14 @@ class KvLoader {
     const uint32_t smem_v = smem + lane * 16 + first_row * kPlan.pitch_v + kPlan.stage_k;
     const char* k = static_cast<const char*>(p_.kv.k) + lane * 16;
     const char* v = static_cast<const char*>(p_.kv.v) + lane * 16;
-    RowOffsets at[kPasses];
-#pragma unroll
-    for (int i = 0; i < kPasses; ++i) at[i] = offsets[i * kRowsPerPass];
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const int row = i * kRowsPerPass;
       if (T::kKvTile % kRowsPerPass != 0 && row + first_row >= T::kKvTile) continue;
-      const bool valid = at[i].k >= 0;
-      copy_row<kChunksK>(smem_k + row * kPlan.pitch_k, k + at[i].k, lane, valid);
-      copy_row<kChunksV>(smem_v + row * kPlan.pitch_v, v + at[i].v, lane, valid);
+      const RowOffsets at = offsets[row];  // its latency spaces the copies out; at once they stall
+      const bool valid = at.k >= 0;
+      copy_row<kChunksK>(smem_k + row * kPlan.pitch_k, k + at.k, lane, valid);
+      copy_row<kChunksV>(smem_v + row * kPlan.pitch_v, v + at.v, lane, valid);
     }
   }
 
