@@ -28,7 +28,7 @@ def to_host(batch: PagedBatch, *, page_ids: bool = True) -> PagedBatch:
     entries = batch.page_table.entries
     if page_ids:
         return _move(batch, entries.cpu(), CPU)
-    return _move(batch, torch.empty(entries.shape, dtype=entries.dtype), CPU)
+    return _move(batch, torch.empty(entries.shape, dtype=entries.dtype, device=CPU), CPU)
 
 
 def to_device(batch: PagedBatch, device: torch.device) -> PagedBatch:

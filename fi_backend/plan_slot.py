@@ -128,7 +128,9 @@ class PlanSlot:
             bits = self._make_plan(host, self.plan)
         else:
             if self._host_plan is None:
-                self._host_plan = torch.empty(self.layout.total_bytes, dtype=torch.uint8)
+                self._host_plan = torch.empty(
+                    self.layout.total_bytes, dtype=torch.uint8, device="cpu"
+                )
             bits = self._make_plan(host, self._host_plan)
             # From pageable memory: in stream order, and done with the source when it returns.
             self.plan.copy_(self._host_plan)

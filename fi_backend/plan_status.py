@@ -63,7 +63,9 @@ class StatusReport:
 
     def __init__(self, device: torch.device) -> None:
         is_cuda = device.type == "cuda"
-        self.word = _borrow_word(self) if is_cuda else torch.zeros(1, dtype=torch.int32)
+        self.word = (
+            _borrow_word(self) if is_cuda else torch.zeros(1, dtype=torch.int32, device="cpu")
+        )
         self._view = self.word.numpy()
         self._logged = 0
 
@@ -96,7 +98,7 @@ def _borrow_word(owner: StatusReport) -> Tensor:
     with _lock:
         if not _free_words:
             with torch.inference_mode(False):  # a later owner may be outside that mode
-                slab = torch.zeros(_SLAB_WORDS, dtype=torch.int32, pin_memory=True)
+                slab = torch.zeros(_SLAB_WORDS, dtype=torch.int32, device="cpu", pin_memory=True)
             _free_words.extend(slab[i : i + 1] for i in range(_SLAB_WORDS))
         word = _free_words.pop()
     word.zero_()

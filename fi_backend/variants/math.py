@@ -22,7 +22,7 @@ Value: TypeAlias = Any
 def _unary(on_tensor: Callable[[torch.Tensor], torch.Tensor], x: Value) -> Value:
     if isinstance(x, torch.Tensor):
         return on_tensor(x)
-    return on_tensor(torch.tensor(float(x), dtype=torch.float64)).item()
+    return on_tensor(torch.tensor(float(x), dtype=torch.float64, device="cpu")).item()
 
 
 def tanh(x: Value) -> Value:

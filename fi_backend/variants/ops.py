@@ -104,6 +104,6 @@ def meaning(name: str, operand: Type) -> Meaning:
 
 def fold(name: str, constants: Sequence[Const]) -> float | int | bool:
     """Compute an operation on constants, in the precision of the kernels."""
-    values = [torch.tensor(c.value, dtype=TORCH_TYPES[c.type]) for c in constants]
+    values = [torch.tensor(c.value, dtype=TORCH_TYPES[c.type], device="cpu") for c in constants]
     result: float | int | bool = meaning(name, constants[-1].type).on_tensors(*values).item()
     return result

@@ -186,7 +186,7 @@ class Variant:
         Raises:
             InvalidInput: as ``evaluate_logits``.
         """
-        visible = torch.tensor(True)
+        visible = torch.tensor(True, device="cpu")
         for function in self.functions("mask"):
             visible = visible & evaluate(function, context, params or {}, torch.float32)
         return visible

@@ -89,7 +89,7 @@ class SharedReads:
             self._writes = writes
             if forest.totals.is_cuda and self._pinned is None:
                 with torch.inference_mode(False):  # engines plan inside and outside of that mode
-                    self._pinned = torch.zeros(2, dtype=torch.int64, pin_memory=True)
+                    self._pinned = torch.zeros(2, dtype=torch.int64, device="cpu", pin_memory=True)
 
     def read(self) -> tuple[int, int]:
         """Return KV tokens of all steps so far, and those saved; on a GPU this waits for it."""

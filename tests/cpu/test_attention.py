@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 from cases import Case, make_problem
-from named_cases import CASES, random_case
-from running import check, compare, num_threads, run
+from named_cases import CASES, capacity_of, random_case
+from running import Place, Result, check, compare, make_layer, num_threads, run
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -76,3 +76,18 @@ def test_partial_states(variant: str) -> None:
     result = run(case, problem)
     assert result.out.dtype == torch.float32
     compare(result, problem)
+
+
+@pytest.mark.parametrize("variant", ["", "gemma", "sinks"])
+def test_torchs_default_device_changes_nothing(variant: str) -> None:
+    """Engines build models under one: a tensor that names no device would land there."""
+    case = Case("default-device", ((1, 300), (70, 90)), variant=variant)
+    problem = make_problem(case)
+    expected = run(case, problem)
+    place = Place(capacity=capacity_of("any").with_sharing())
+    out, lse = torch.empty_like(expected.out), torch.empty_like(expected.out[..., 0])
+    with torch.device("meta"):
+        layer = make_layer(case, problem, place=place)
+        layer.plan(problem.batch)
+        layer(problem.q, problem.kv, out=out, lse=lse, params=problem.params)
+    compare(Result(out, lse), problem)

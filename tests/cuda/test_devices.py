@@ -37,6 +37,18 @@ def test_every_device_whichever_is_current() -> None:
                 assert torch.cuda.current_device() == torch.device(current).index
 
 
+def test_torchs_default_device_changes_nothing(device: str) -> None:
+    """Engines build models under one: a tensor that names no device would land there."""
+    problem, place = make_problem(SMALL), Place(device, capacity_of("any"))
+    expected, there = run(SMALL, problem, place=place), to_device(problem, device)
+    out = torch.empty_like(expected.out, device=device)
+    with torch.device(device):
+        layer = make_layer(SMALL, problem, place=place)
+        layer.plan(there.batch)
+        layer(there.q, there.kv, out=out)
+    assert torch.equal(out.cpu(), expected.out)
+
+
 def test_devices_agree_bit_by_bit() -> None:
     problem = make_problem(CASE)
     results = [run(CASE, problem, 40, Place(d, capacity_of("any"))) for d in devices()]
