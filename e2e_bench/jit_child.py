@@ -49,6 +49,7 @@ class Case:
             self.variant,
             max_q_len=self.max_q_len,
             max_requests=256,
+            has_nodes=self.max_q_len != DECODE,
         )
         return attention_kernel(spec)
 

@@ -76,6 +76,7 @@ def plan_class(
             layer_class.variant,
             max_q_len=q_len,
             max_requests=capacity.max_requests,
+            has_nodes=capacity.max_nodes > 0,
             max_shared_bytes_per_sm=gpu.shared_bytes_per_sm,
         )
         classes = _tile_classes(layer_class, q_len, capacity.max_requests, gpu)

@@ -52,6 +52,7 @@ def kernel_of(
         variant,
         max_q_len=max_q_len,
         max_requests=capacity.max_requests,
+        has_nodes=shares,
     )
     return attention_kernel(dataclasses.replace(spec, plain_pages=is_plain(case), aligned=aligned))
 

@@ -37,6 +37,8 @@ class AttentionSpec:
         ctas_per_sm: CTAs that share a multiprocessor, which bounds registers.
         plain_pages: table entries are page ids and the page size is a power of two.
         aligned: addresses and strides of q, K and V are multiples of 16 bytes.
+        decodes: steps have no shared prefixes and one query token per request, so that code for
+            both is left out. Longer requests are computed too, more slowly.
     """
 
     head_dim_qk: int
@@ -50,6 +52,7 @@ class AttentionSpec:
     ctas_per_sm: int
     plain_pages: bool
     aligned: bool
+    decodes: bool
 
 
 def attention_spec(
@@ -60,6 +63,7 @@ def attention_spec(
     *,
     max_q_len: int,
     max_requests: int,
+    has_nodes: bool = True,
     plain_pages: bool = True,
     aligned: bool = True,
     max_shared_bytes_per_sm: int = HOPPER_SHARED_BYTES,
@@ -73,6 +77,7 @@ def attention_spec(
         variant: as in ``AttentionSpec``.
         max_q_len: query tokens of one request at most; 1 in decode-only steps.
         max_requests: requests of a step at most.
+        has_nodes: whether a step may have shared prefixes.
         plain_pages: as in ``AttentionSpec``.
         aligned: as in ``AttentionSpec``.
         max_shared_bytes_per_sm: of the GPU: ``_core.device_info`` knows it where there is one,
@@ -101,6 +106,7 @@ def attention_spec(
         table.ctas_per_sm,
         plain_pages,
         aligned,
+        decodes=max_q_len == 1 and not has_nodes,
     )
 
 
@@ -145,6 +151,7 @@ def _entry(spec: AttentionSpec) -> str:
             *map(str, (spec.head_dim_qk, spec.head_dim_vo, spec.group_size)),
             bool_literal(spec.plain_pages),
             bool_literal(spec.aligned),
+            bool_literal(spec.decodes),
         )
     )
     tiles = ",\n      ".join(
@@ -169,6 +176,7 @@ def _title(spec: AttentionSpec) -> str:
         f"kv {_KV_ELEMENTS[spec.kv_dtype][1]}",
         "+".join(f"{rows}x{kv_tile}" for rows, kv_tile, _ in spec.tiles),
         "softmax" if spec.variant is None else spec.variant.name,
+        *(["decode"] if spec.decodes else []),
         "plain" if spec.plain_pages else "any-table",
     ]
     return " ".join(words if spec.aligned else [*words, "unaligned"])

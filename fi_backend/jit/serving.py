@@ -91,14 +91,15 @@ def serving_kernels(shape: ModelShape, serving: Serving) -> list[DeviceKernel]:
 
 def _attention_kernels(shape: ModelShape, serving: Serving) -> Iterator[DeviceKernel]:
     heads = shape.heads_of_rank(serving.tensor_parallel)
-    for q_len in sorted({*serving.q_lens, *(tile_q_len(q, heads) for q in serving.q_lens)}):
+    for q_len, shares in product(serving.q_lens, (False, True)):
         spec = attention_spec(
             heads,
             shape.dtype,
             serving.kv_dtype or shape.dtype,
             shape.variant,
-            max_q_len=q_len,
+            max_q_len=tile_q_len(q_len, heads) if shares else q_len,
             max_requests=serving.max_requests,
+            has_nodes=shares,
             plain_pages=serving.plain_pages,
             max_shared_bytes_per_sm=serving.max_shared_bytes_per_sm,
         )

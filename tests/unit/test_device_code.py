@@ -65,6 +65,7 @@ class Case:
             self.variant,
             max_q_len=self.max_q_len,
             max_requests=256,
+            has_nodes=self.max_q_len != DECODE,
             plain_pages=self.plain_pages,
             aligned=self.aligned,
             max_shared_bytes_per_sm=shared_bytes_of_arch(self.arch),

@@ -22,7 +22,18 @@ from fi_backend.variants import Scalar, Variant, shipped
 from fi_backend.variants.source_text import device_structs, device_variant
 
 PLAIN = AttentionSpec(
-    128, 128, torch.bfloat16, torch.bfloat16, 4, None, ((16, 64, 2), (64, 64, 2)), 4, 2, True, True
+    128,
+    128,
+    torch.bfloat16,
+    torch.bfloat16,
+    4,
+    None,
+    ((16, 64, 2), (64, 64, 2)),
+    4,
+    2,
+    True,
+    True,
+    decodes=False,
 )
 
 
@@ -35,7 +46,7 @@ def test_the_text_of_plain_attention() -> None:
         "fi_attention(const __grid_constant__ fi::KernelParams p) {\n"
         "  using namespace fi;\n"
         "  using namespace fi::sm80;\n"
-        "  run<Shape<BFloat16, BFloat16, 128, 128, 4, true, true>,\n"
+        "  run<Shape<BFloat16, BFloat16, 128, 128, 4, true, true, false>,\n"
         "      Variant<true, Functions<>, Functions<>, Functions<>>,\n"
         "      Tile<16, 64, 2, 4>,\n"
         "      Tile<64, 64, 2, 4>>(p);\n"
@@ -49,12 +60,12 @@ def test_the_text_of_plain_attention() -> None:
 def test_every_choice_is_in_the_text_and_the_title() -> None:
     kernel = attention_kernel(
         AttentionSpec(192, 128, torch.float16, torch.float8_e4m3fn, 16, shipped.soft_cap(30.0),
-                      ((16, 64, 3),), 4, 1, False, False)
+                      ((16, 64, 3),), 4, 1, False, False, True)
     )  # fmt: skip
-    assert "Shape<Float16, Float8E4M3, 192, 128, 16, false, false>" in kernel.source
+    assert "Shape<Float16, Float8E4M3, 192, 128, 16, false, false, true>" in kernel.source
     assert "__launch_bounds__(128, 1)" in kernel.source
     assert "Tile<16, 64, 3, 4>>(p)" in kernel.source
-    expected = "attention d192/128 g16 fp16 kv fp8 16x64 soft_cap any-table unaligned"
+    expected = "attention d192/128 g16 fp16 kv fp8 16x64 soft_cap decode any-table unaligned"
     assert kernel.title == expected
 
 
@@ -138,8 +149,10 @@ def test_too_many_parameters() -> None:
 def test_a_spec_takes_the_tile_table() -> None:
     heads = HeadShape(32, 8, 128)
     dtypes = (torch.bfloat16, torch.float8_e4m3fn)
-    decode = attention_spec(heads, *dtypes, None, max_q_len=1, max_requests=64)
+    decode = attention_spec(heads, *dtypes, None, max_q_len=1, max_requests=64, has_nodes=False)
+    shared = attention_spec(heads, *dtypes, None, max_q_len=1, max_requests=64)
     general = attention_spec(heads, *dtypes, None, max_q_len=8192, max_requests=64)
     assert [rows for rows, _, _ in decode.tiles] == [16]
     assert len(general.tiles) > 1
+    assert decode.decodes and not shared.decodes and not general.decodes
     assert (decode.group_size, decode.plain_pages, decode.aligned) == (4, True, True)

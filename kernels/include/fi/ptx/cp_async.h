@@ -7,7 +7,7 @@ namespace fi::ptx {
 
 // 16 bytes past L1; writes zeros and reads nothing when !valid.
 __device__ inline void cp_async_16(uint32_t smem, const void* gmem, bool valid) {
-  // A predicate costs nothing; a number of bytes to read, arithmetic on both addresses.
+  // A predicate costs nothing; a number of bytes to read, arithmetic on the sources of K and of V.
   asm volatile(
       "{\n"
       ".reg .pred ignore;\n"

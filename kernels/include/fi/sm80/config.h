@@ -26,7 +26,7 @@ struct Tile {
 
 // Element: of q and out. KvElement: of the cache, Element or Float8E4M3.
 template <class Element_, class KvElement_, int kHeadDimQk_, int kHeadDimVo_, int kGroupSize_,
-          bool kPlainPages_, bool kAligned_>
+          bool kPlainPages_, bool kAligned_, bool kDecodes_>
 struct Shape {
   using Element = Element_;
   using KvElement = KvElement_;
@@ -40,6 +40,9 @@ struct Shape {
   static constexpr bool kPlainPages = kPlainPages_;
   // Addresses and strides are multiples of 16 bytes; otherwise rows are copied by element.
   static constexpr bool kAligned = kAligned_;
+  // Steps without shared prefixes, of one query token a request; longer ones cost more. Code for
+  // prefixes, and for what is not worth its compile time then, is left out.
+  static constexpr bool kDecodes = kDecodes_;
   static_assert(kHeadDimQk % 16 == 0 && kHeadDimVo % 16 == 0);
 };
 
@@ -82,7 +85,7 @@ FI_HOST_DEVICE constexpr SharedPlan plan_shared(int head_dim_qk, int head_dim_vo
   // Where warps split the KV tokens, their states of the same rows meet in the stages' place.
   const int warps_per_row = min_int(num_warps / min_int(rows / 16, num_warps), kv_tile / 16);
   if (warps_per_row > 1) {
-    stage_area = max_int(stage_area, warps_per_row * rows * (head_dim_vo + 4 + 1) * 4);
+    stage_area = max_int(stage_area, warps_per_row * rows * (head_dim_vo + 4) * 4);
   }
   s.offsets = s.stages + stage_area;
   s.rows = s.offsets + num_stages * kv_tile * kRowOffsetBytes;

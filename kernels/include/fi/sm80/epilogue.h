@@ -33,7 +33,16 @@ __device__ inline void store_floats(float* to, const float (&x)[kCount]) {
   }
 }
 
-// A row's state, its sum gathered from those who hold parts of it.
+// A row's state without its components, as a warp leaves it: the largest logit, base 2, and the sum
+// of powers relative to it.
+struct alignas(8) RowPart {
+  float top, sum;
+};
+// Floats between rows of states that meet; rows r and r + 1 of a lane group do not conflict.
+template <class S>
+constexpr int kMeetingPitch = S::kHeadDimVo + 4;
+
+// What finishes a row, its sum gathered from those who hold parts of it.
 struct RowSum {
   float inverse, lse_log2;
 };
@@ -138,9 +147,9 @@ __device__ inline float sum_of_lanes(float row_sum) {
   return row_sum + __shfl_xor_sync(0xffffffff, row_sum, 2);
 }
 
-template <class V>
+template <bool kSoftmax>
 __device__ inline RowSum finish_sum(float row_max, float row_sum) {
-  if constexpr (!V::kSoftmax) return {1.0f, 0.0f};
+  if constexpr (!kSoftmax) return {1.0f, 0.0f};
   if (row_sum == 0.0f) return {0.0f, neg_infinity()};
   return {reciprocal(row_sum), row_max + log2_approx(row_sum)};  // NaN stays NaN
 }
@@ -150,6 +159,20 @@ __device__ inline RowSum finish_sum(float row_max, float row_sum) {
 template <class S>
 constexpr bool kStagesRows = S::kAligned && S::kHeadDimVo <= S::kHeadDimQk;
 
+// Four components of a row, multiplied by its factor, to memory.
+template <class S, class V>
+__device__ inline void write_quad(const RowTarget<S, V>& target, int row, const VariantRow& who,
+                                  int d, float factor, float4 o) {
+  const float x[4] = {target.finish(who, d, o.x * factor), target.finish(who, d + 1, o.y * factor),
+                      target.finish(who, d + 2, o.z * factor),
+                      target.finish(who, d + 3, o.w * factor)};
+  if (target.is_float32()) {
+    store_floats<S::kAligned>(target.float_row(row, who) + d, x);
+  } else {
+    store_elements<S>(target.element_row(who) + d, x);
+  }
+}
+
 // Rows of a warp from the place of their queries to `out`, 16 bytes a lane: a lane's own components
 // are too short to fill sectors of memory.
 template <class S, class T>
@@ -158,7 +181,7 @@ __device__ inline void copy_rows(const KernelParams& p, const VariantRow* rows, 
   constexpr int kChunks = S::kHeadDimVo / 8;
   __syncwarp();
   const int lane = ptx::thread_index() % 32;
-  for_each_part<T::kRowBlocks * 16, kChunks, 32, 8>(lane, [&](int r, int chunk) {
+  for_each_part<T::kRowBlocks * 16, kChunks, 32, 4>(lane, [&](int r, int chunk) {
     const int row = first_row + r;
     auto* out = static_cast<typename S::Element*>(p.out) + rows[row].token * p.out_stride_token +
                 rows[row].q_head * p.out_stride_head;
@@ -185,7 +208,7 @@ __device__ inline void finish_rows(const RowTarget<S, V>& target, const VariantR
     my_row = is_mine ? row : my_row;
   });
   const bool writes_lse = lane % 4 == mine && my_row < num_rows;
-  const RowSum sum = finish_sum<V>(row_max, row_sum);
+  const RowSum sum = finish_sum<V::kSoftmax>(row_max, row_sum);
   const float factor = target.finish_row(my_row, rows[my_row], sum, writes_lse);
   for_each_row<T>(first_row, [&](int b, int half, int) {
     factors[b][half] = __shfl_sync(0xffffffff, factor, lane / 4 * 4 + b * 2 + half);
@@ -256,7 +279,7 @@ __device__ inline RowShare share_rows() {
 
 // Few rows: all lanes on one pass. More: a row's weights once for several components.
 template <class S, int kThreads>
-__device__ inline bool are_few(int num_rows) {
+__device__ constexpr bool are_few(int num_rows) {
   return num_rows * (S::kHeadDimVo / 4) <= kThreads;
 }
 
@@ -300,24 +323,34 @@ __device__ inline void write_merged(const RowTarget<S, V>& target, int row, cons
   }
 }
 
-// Adds the states of a row that warps left in shared memory, rows kPitch floats apart,
-// [kWarpsN][kRows].
-template <class S, class T, int kQuads, int kPitch, bool kSoftmax, int kMaxQuads>
-__device__ inline void add_warps(const float* o, const float* lses, int row, int lane,
-                                 RowMerge<kSoftmax, kMaxQuads>& merge) {
-  float lse[T::kWarpsN];
-  float4 states[T::kWarpsN][kQuads];
+// Adds the states of a row that warps left in shared memory, this lane's four components of them.
+// A state is its components, then the largest logit and the sum of powers relative to it.
+template <class S, class T, bool kSoftmax>
+__device__ inline RowSum add_warps(const float* o, int d, float4& total) {
+  constexpr int kDistance = T::kRows * kMeetingPitch<S>;
+  RowPart parts[T::kWarpsN];
+  float4 states[T::kWarpsN];
+  float top = neg_infinity();
 #pragma unroll
   for (int w = 0; w < T::kWarpsN; ++w) {
-    lse[w] = lses[w * T::kRows + row];
-#pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      const int quad = min_i32(lane + q * kLanesOfRow<S, kQuads>, S::kHeadDimVo / 4 - 1);
-      const float* from = o + (w * T::kRows + row) * kPitch + quad * 4;
-      states[w][q] = *reinterpret_cast<const float4*>(from);
+    states[w] = *reinterpret_cast<const float4*>(o + w * kDistance + d);
+    if constexpr (kSoftmax) {
+      parts[w] = *reinterpret_cast<const RowPart*>(o + w * kDistance + S::kHeadDimVo);
+      top = fmaxf(top, parts[w].top);
     }
   }
-  merge.add(lse, states, T::kWarpsN);
+  const float base = top == neg_infinity() ? 0.0f : top;  // nothing seen: weights of 0
+  float sum = 0.0f;
+  total = {};
+#pragma unroll
+  for (int w = 0; w < T::kWarpsN; ++w) {
+    const float weight = kSoftmax ? exp2_approx(parts[w].top - base) : 1.0f;
+    if constexpr (kSoftmax) sum = __fmaf_rn(weight, parts[w].sum, sum);
+    const float4& o = states[w];
+    total = {__fmaf_rn(weight, o.x, total.x), __fmaf_rn(weight, o.y, total.y),
+             __fmaf_rn(weight, o.z, total.z), __fmaf_rn(weight, o.w, total.w)};
+  }
+  return finish_sum<kSoftmax>(top, sum);
 }
 
 // Warps that split the KV tokens: their states of the same rows meet in shared memory.
@@ -325,34 +358,30 @@ template <class S, class V, class T>
 __device__ inline void merge_warps(const KernelParams& p, const WorkItem& item,
                                    const VariantRow* rows, int first_row, bool is_idle, char* smem,
                                    const WarpState<S, T>& state) {
-  // floats; rows r and r + 1 of a lane group: no conflict
-  constexpr int kPitch = S::kHeadDimVo + 4;
+  constexpr int kPitch = kMeetingPitch<S>, kQuads = S::kHeadDimVo / 4;
   float* o = reinterpret_cast<float*>(smem);  // [kWarpsN][kRows][kPitch]
-  float* lses = o + T::kWarpsN * T::kRows * kPitch;
-  const int place = static_cast<int>(ptx::thread_index() / 32 % T::kWarpsN) * T::kRows;
+  const int thread = static_cast<int>(ptx::thread_index());
   const int num_rows = is_idle ? 0 : item.num_rows;
+  float* own = o + thread / 32 % T::kWarpsN * T::kRows * kPitch;
   for_each_row<T>(first_row, [&](int b, int half, int row) {
-    const float row_sum = sum_of_lanes(state.row_sum[b][half]);
-    const RowSum sum = finish_sum<V>(state.row_max[b][half], row_sum);
+    const float sum = sum_of_lanes(state.row_sum[b][half]);
     if (row >= num_rows) return;
-    if (V::kSoftmax && ptx::thread_index() % 4 == 0) lses[place + row] = sum.lse_log2;
-    for_each_run<S>(state.o[b], half, [&](int d, float (&x)[kRun<S>]) {
-      for (float& value : x) value *= sum.inverse;
-      store_floats<true>(o + (place + row) * kPitch + d, x);
-    });
+    float* to = own + row * kPitch;
+    if (V::kSoftmax && thread % 4 == 0) {
+      *reinterpret_cast<RowPart*>(to + S::kHeadDimVo) = {state.row_max[b][half], sum};
+    }
+    for_each_run<S>(state.o[b], half,
+                    [&](int d, const float (&x)[kRun<S>]) { store_floats<true>(to + d, x); });
   });
   __syncthreads();
   const RowTarget<S, V> target(p, item.kv_head, item.partial_row);
-  const bool few = are_few<S, T::kThreads>(item.num_rows);
-  const RowShare share = few ? share_rows<S, T::kThreads, 1>() : share_rows<S, T::kThreads, 4>();
-  for (int row = share.row; row < item.num_rows; row += share.rows_at_once) {
-    RowMerge<V::kSoftmax, 4> merge;
-    if (few) {
-      add_warps<S, T, 1, kPitch>(o, lses, row, share.lane, merge);
-    } else {
-      add_warps<S, T, 4, kPitch>(o, lses, row, share.lane, merge);
-    }
-    write_merged<S, V>(target, row, rows[row], share, merge);
+#pragma unroll 1
+  for (int at = thread; at < item.num_rows * kQuads; at += T::kThreads) {
+    const int row = at / kQuads, d = at % kQuads * 4;
+    float4 total;
+    const RowSum sum = add_warps<S, T, V::kSoftmax>(o + row * kPitch, d, total);
+    const float factor = target.finish_row(row, rows[row], sum, d == 0);
+    write_quad<S, V>(target, row, rows[row], d, factor, total);
   }
 }
 

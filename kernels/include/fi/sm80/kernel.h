@@ -90,7 +90,7 @@ __device__ void arrive_and_merge(const KernelParams& p, const PlanView& plan, Cl
   __syncthreads();  // the state is written
   RequestUnit own = {item.unit, item.request};
   bool announces = x == 0;
-  if (item.request < 0 && x < item.num_rows) {
+  if (!S::kDecodes && item.request < 0 && x < item.num_rows) {
     own = unit_of_row<S>(plan, class_rows, item, item.row_begin + x);
     announces |=
         x > 0 && unit_of_row<S>(plan, class_rows, item, item.row_begin + x - 1).unit != own.unit;

@@ -80,7 +80,7 @@ __device__ inline void advance_item(const KernelParams& p, CurrentItem& current)
     const int kv_head = current.next.kv_head;
     current.scale = p.scale * scale_of(p.q_scale, kv_head) * scale_of(p.k_scale, kv_head);
     current.box = {kHigh, kLow, 0, 0, kHigh, kLow, kHigh, kLow, 0, 0};
-    if (current.next.request >= 0) current.box = box_of<S>(current.next);
+    if (S::kDecodes || current.next.request >= 0) current.box = box_of<S>(current.next);
   }
 }
 
@@ -102,7 +102,7 @@ __device__ inline void load_rows(const KernelParams& p, CurrentItem& current, Va
     const int row = item.row_begin + (x < item.num_rows ? x : 0);
     const int local = row / S::kGroupSize;
     const int q_head = item.kv_head * S::kGroupSize + row % S::kGroupSize;
-    if (item.request >= 0) {
+    if (S::kDecodes || item.request >= 0) {
       rows[x] = {item.q_pos_begin + local,
                  item.qo_begin + local,
                  q_head,

@@ -96,11 +96,13 @@ __device__ inline void merge_units(const KernelParams& p, const PlanView& plan,
   // Few rows have many splits and lanes enough for all their components. Many rows have few splits,
   // and what is worked out once for a row counts: weights, the address of its output. So it does in
   // kernels with tiles of 128 rows, but a third width of the sums would add a fifth to the time
-  // that those, the largest of all, take to compile.
-  constexpr int kMaxQuads = kMaxRows == 64 ? 8 : 4;
+  // that those, the largest of all, take to compile. Of a decode, all rows are few.
+  constexpr int kMaxQuads = S::kDecodes && are_few<S, kThreads>(S::kGroupSize) ? 1
+                            : kMaxRows == 64                                   ? 8
+                                                                               : 4;
   const int most_rows = done.most_rows, num_rows = done.count * most_rows;
   RowShare share = share_rows<S, kThreads, kMaxQuads>();
-  if (num_rows <= 16) share = share_rows<S, kThreads, 4>();
+  if (kMaxQuads > 4 && num_rows <= 16) share = share_rows<S, kThreads, 4>();
   if (are_few<S, kThreads>(num_rows)) share = share_rows<S, kThreads, 1>();
   for (int at = share.row; at < num_rows; at += share.rows_at_once) {
     const int index =
@@ -113,12 +115,13 @@ __device__ inline void merge_units(const KernelParams& p, const PlanView& plan,
     const int tile_index = (unit_index - request.unit_base) - kv_head * request.num_tiles;
     const int packed = tile_index * class_rows(request.tile_class) + row;
     RowMerge<V::kSoftmax, kMaxQuads> merge;
-    for (int l = request.link_begin; l <= request.link_end; ++l) {
+    const int last = S::kDecodes ? request.link_begin : request.link_end;
+    for (int l = request.link_begin; l <= last; ++l) {
       States states = {unit.partial_row + row, unit.num_splits, unit.num_rows};
-      if (l < request.link_end) {
+      if (!S::kDecodes && l < last) {
         states = states_in_node(plan, class_rows, plan.links[l], kv_head, packed);
       }
-      if (share.quads == 1) {
+      if (kMaxQuads == 1 || share.quads == 1) {
         add_states<S, 1, 16>(p, states, share.lane, merge);
       } else if (kMaxQuads == 4 || share.quads == 4) {
         add_states<S, 4, 4>(p, states, share.lane, merge);
