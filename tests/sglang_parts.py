@@ -104,7 +104,12 @@ def runner(
     )
     made = SimpleNamespace(
         model=Model(layers),
-        model_config=SimpleNamespace(is_encoder_decoder=False, context_len=316),
+        model_config=SimpleNamespace(
+            is_encoder_decoder=False,
+            is_multimodal=False,
+            hf_text_config=SimpleNamespace(),
+            context_len=316,
+        ),
         req_to_token_pool=requests,
         token_to_kv_pool=pool,
         page_size=page,

@@ -128,6 +128,7 @@ MODELS = {
             "AutoModelForCausalLM",
             _decoder(
                 **_GEMMA,
+                hidden_act="gelu_pytorch_tanh",  # by its old name, for SGLang 0.5.16
                 sliding_window=96,
                 attn_logit_softcapping=3.0,
                 layer_types=_ALTERNATING,

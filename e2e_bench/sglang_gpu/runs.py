@@ -100,7 +100,8 @@ def cases() -> list[Case]:
         ),
         Case(
             Run("llama fp8", llama, OURS, narrow),
-            (plain[0], Run("llama fp8 triton", llama, TRITON, narrow)),
+            # Triton reads the step's own tokens as they were before they were rounded.
+            (plain[0], Run("llama fp8 fa3", llama, FA3, narrow)),
             GRAPHS,
         ),
         ours("llama no overlap", disable_overlap_schedule=True),

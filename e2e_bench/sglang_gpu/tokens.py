@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import importlib.util
 import json
 import os
 import signal
@@ -22,11 +23,25 @@ from typing import Any
 
 from e2e_bench.sglang_gpu.runs import Case, Run, cases
 from e2e_bench.vllm_gpu.compare import compare, judge
-from e2e_bench.vllm_gpu.environment import engine_environment
+from e2e_bench.vllm_gpu.environment import engine_environment, run_header
 from e2e_bench.vllm_gpu.models import make_small
 
 Result = dict[str, Any]
 LOG_END_CHARS = 1500
+
+
+def sglang_environment(folder: Path) -> dict[str, str]:
+    """Return the environment of SGLang's processes.
+
+    Speculation imports DeepGEMM, whatever the model: an empty module stands in where there is none.
+    """
+    environment = engine_environment(folder) | {"SGLANG_ENABLE_JIT_DEEPGEMM": "0"}
+    if importlib.util.find_spec("deep_gemm") is None:
+        stand_ins = folder / "stand_ins"
+        stand_ins.mkdir(exist_ok=True)
+        (stand_ins / "deep_gemm.py").touch()
+        environment["PYTHONPATH"] += os.pathsep + str(stand_ins)
+    return environment
 
 
 def run_engine(run: Run, folder: Path, limit_s: float) -> Result:
@@ -39,7 +54,7 @@ def run_engine(run: Run, folder: Path, limit_s: float) -> Result:
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=engine_environment(folder),
+            env=sglang_environment(folder),
             start_new_session=True,
         )
         code: int | str
@@ -132,7 +147,8 @@ def main() -> int:
     summary = {"cases": len(lines), "failed": failed}
     print(json.dumps(summary), flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"summary": summary, "cases": lines}, indent=1) + "\n")
+    results = {"meta": run_header("sglang"), "summary": summary, "cases": lines}
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
     return 1 if failed or not lines else 0
 
 

@@ -1,11 +1,16 @@
-"""Environment of vLLM's processes on a machine without a network."""
+"""Environment of an engine's processes on a machine without a network, and what was run there."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import tomllib
 from pathlib import Path
+from typing import Any
+
+from e2e_bench import report
+from fi_backend.nvidia import find_driver  # takes no GPU memory, unlike torch
 
 ROOT = Path(__file__).parents[2]
 GROUP = "vllm.general_plugins"
@@ -34,6 +39,13 @@ def engine_environment(scratch: Path) -> dict[str, str]:
     # Last: an unpacked wheel that is on the path already comes before the checkout.
     paths.append(str(ROOT))
     return os.environ | OFFLINE | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def run_header(engine: str, **extra: Any) -> dict[str, Any]:
+    """Return the header of results: ``engine`` is the package whose version was run."""
+    versions = {engine: str(importlib.import_module(engine).__version__)}
+    gpu = find_driver().gpus[0].name
+    return report.meta(versions, gpu=gpu, cpus=os.cpu_count(), **extra)
 
 
 def _is_installed() -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -21,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from e2e_bench import report
 from e2e_bench.demo.server import MODEL_NAME, Server, ServerFailed
-from e2e_bench.vllm_gpu.environment import engine_environment
+from e2e_bench.vllm_gpu.environment import engine_environment, run_header
 from e2e_bench.vllm_gpu.models import make_llama_8b
 
 BACKENDS = ("CUSTOM", "TRITON_ATTN", "FLASH_ATTN")
@@ -204,7 +202,7 @@ def main() -> int:
     args = parser.parse_args()
     loads = [load for name in args.workloads for load in GROUPS.get(name, (name,))]
     rows = json.loads(args.out.read_text()) if args.out.exists() else {"meta": {}, "rows": {}}
-    rows["meta"] = _meta(args.options)
+    rows["meta"] = run_header("vllm", output_tokens=OUTPUT_TOKENS, options=list(args.options))
 
     def save(backend: str, name: str, figures: Mapping[str, Any]) -> None:
         rows["rows"].setdefault(backend, {})[name] = dict(figures)
@@ -222,20 +220,6 @@ def main() -> int:
                 broken += 1
                 save(backend, "failed", {"why": str(error)})
     return 1 if broken else 0
-
-
-def _meta(options: Sequence[str]) -> dict[str, Any]:
-    import vllm
-
-    from fi_backend.nvidia import find_driver  # takes no GPU memory, unlike torch
-
-    return report.meta(
-        {"vllm": vllm.__version__},
-        gpu=find_driver().gpus[0].name,
-        cpus=os.cpu_count(),
-        output_tokens=OUTPUT_TOKENS,
-        options=list(options),
-    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from e2e_bench.vllm_gpu.compare import compare, judge
-from e2e_bench.vllm_gpu.environment import engine_environment
+from e2e_bench.vllm_gpu.environment import engine_environment, run_header
 from e2e_bench.vllm_gpu.models import make_small
 from e2e_bench.vllm_gpu.runs import Case, Run, cases
 
@@ -196,7 +196,8 @@ def main() -> int:
     }
     print(json.dumps(summary), flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"summary": summary, "cases": lines}, indent=1) + "\n")
+    results = {"meta": run_header("vllm"), "summary": summary, "cases": lines}
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
     return 1 if failed or not lines else 0
 
 

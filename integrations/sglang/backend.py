@@ -47,8 +47,9 @@ class FiAttentionBackend(base_attn_backend.AttentionBackend):
         topk = setting(runner, "spec", "speculative_eagle_topk") if self._drafts else 1
         modules = attention_modules(runner.model)
         reasons = support.runner_reasons(runner)
+        self._looks_ahead = support.looks_ahead(runner.model_config)
         for module in modules:
-            reasons += support.layer_reasons(module, verifies_trees=(topk or 1) > 1)
+            reasons += self._reasons_against(module, verifies_trees=(topk or 1) > 1)
         support.refuse(reasons)
         self.device = torch.device(runner.device)
         if self.device.type == "cuda":
@@ -311,12 +312,18 @@ class FiAttentionBackend(base_attn_backend.AttentionBackend):
         counts.forwards += 1
         return out.view(-1, heads.num_qo_heads * heads.head_dim_vo)
 
+    def _reasons_against(self, layer: Any, *, verifies_trees: bool) -> list[str]:
+        found = support.layer_reasons(
+            layer, verifies_trees=verifies_trees, looks_ahead=self._looks_ahead
+        )
+        return list(found)
+
     def _adopt(self, layer: Any, sinks: Tensor | None) -> ServedLayer:
         """Serve a layer that was not known, or not to have sinks or not: its call tells.
 
         The planners are made anew with its class, and the step is planned again.
         """
-        support.refuse(list(support.layer_reasons(layer, verifies_trees=False)))
+        support.refuse(self._reasons_against(layer, verifies_trees=False))
         self._layers[layer] = self._served(layer, sinks)
         step = self.forward_metadata
         assert step is not None

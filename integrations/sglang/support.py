@@ -16,6 +16,8 @@ KEEP_SGLANG = "choose one of SGLang's own with --attention-backend"
 # Of layers: values of RadixAttention.attn_type.
 DECODER, ENCODER_ONLY = "decoder", "encoder_only"
 SERVED_ATTN_TYPES = (DECODER, ENCODER_ONLY)
+# SGLang 0.5.16 says so of every Gemma 3, and computes those without images as decoders.
+BIDIRECTIONAL = "decoder_bidirectional"
 # Classes of KV pools whose slots lie as [slots, heads, dim]; others translate or pack them.
 PLAIN_POOL, WINDOW_POOL = "MHATokenToKVPool", "SWAKVPool"
 # Keyword arguments of a layer's call that are served.
@@ -83,14 +85,27 @@ def _pool_reasons(pool: Any) -> Iterator[str]:
                 yield sentence("token_to_kv_pool", served, type(part).__name__, KEEP_SGLANG)
 
 
-def layer_reasons(layer: Any, *, verifies_trees: bool) -> Iterator[str]:
+def looks_ahead(config: Any) -> bool:
+    """Return whether tokens of a model may see later ones: spans of images, or all of a prompt.
+
+    Args:
+        config: SGLang's ModelConfig.
+    """
+    text = config.hf_text_config
+    return bool(config.is_multimodal or getattr(text, "use_bidirectional_attention", False))
+
+
+def layer_reasons(layer: Any, *, verifies_trees: bool, looks_ahead: bool) -> Iterator[str]:
     """Return every reason against one RadixAttention.
 
     Args:
         layer: SGLang's module.
         verifies_trees: drafted tokens branch, so that a token's index is not its position.
+        looks_ahead: of the model's configuration.
     """
     kind = attn_type(layer)
+    if kind == BIDIRECTIONAL and not looks_ahead:
+        kind = DECODER
     where = f"layer {layer.layer_id}"
     if layer.is_cross_attention:
         yield sentence(f"{where} is_cross_attention", "False", True, KEEP_SGLANG)

@@ -47,11 +47,11 @@ def test_the_factory_makes_a_backend() -> None:
         ),
         (Layer(dim=16), {}, [r"head_dim_qk: expected a multiple of 8 from 32 to 256, got 16"]),
         (
-            Layer(attn_type=AttentionType.DECODER_BIDIRECTIONAL),
+            Layer(attn_type=AttentionType.ENCODER_ONLY, window=9),
             {"kv_cache_dtype": torch.float8_e5m2},
             [
                 r"kv_cache_dtype: expected auto or fp8_e4m3, got fp8_e5m2; pass --kv-cache-dtype",
-                r"layer 0 attn_type: expected decoder or encoder_only, got decoder_bidirectional",
+                r"layer 0 sliding_window_size: expected -1 in an encoder, got 9",
             ],
         ),
         (
@@ -81,6 +81,26 @@ def test_refusals_name_every_reason(layer: Layer, changes: dict[str, Any], reaso
     for reason in reasons:
         error.match(reason)
     error.match("choose one of SGLang's own with --attention-backend$")
+
+
+@pytest.mark.parametrize("sign", ["images", "configuration"])
+def test_tokens_that_see_later_ones_are_refused(sign: str) -> None:
+    asked = runner([Layer(attn_type=AttentionType.DECODER_BIDIRECTIONAL)])
+    if sign == "images":
+        asked.model_config.is_multimodal = True
+    else:
+        asked.model_config.hf_text_config.use_bidirectional_attention = True
+    served = "layer 0 attn_type: expected decoder or encoder_only, got decoder_bidirectional"
+    with pytest.raises(Unsupported, match=served):
+        FiAttentionBackend(asked)
+
+
+def test_gemma_3_without_images_is_a_decoder() -> None:
+    """SGLang 0.5.16 calls its layers bidirectional all the same, and masks them causally."""
+    world = World([Layer(attn_type=AttentionType.DECODER_BIDIRECTIONAL)])
+    world.request()
+    world.step({0: 20})
+    world.step({0: 1}, ForwardMode.DECODE)
 
 
 def test_cross_attention_and_temperatures_are_refused() -> None:
