@@ -12,6 +12,9 @@ from fi_backend.variants import Variant, derive_band
 
 MAX_KV_LEN = 1 << 30
 MAX_NODES = (1 << 15) - 1  # the forest's kernel numbers them with 16 bits
+# Query tokens of all nodes that a planner has room for, unless one level of a large step has more:
+# each costs two partial states per query head, 135 MB together at 32 heads of 128.
+ROOM_FOR_SHARED_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,9 @@ class Capacity:
 
         Args:
             levels: nested prefixes (system prompt, document, conversation) that all requests may
-                have at once. Each costs partial states of one step of decoding or verification.
+                have at once. Each costs partial states of one step of decoding or verification,
+                up to 4,096 query tokens in all, or one per request where that is more. Prefixes
+                beyond that are read once per request.
         """
         links = levels * self.max_requests
         tokens_each = min(self.max_q_len or 1, self.longest_q_len)
@@ -113,7 +118,9 @@ class Capacity:
             self,
             max_nodes=min(self.max_requests, MAX_NODES),
             max_links=links,
-            max_shared_tokens=links * tokens_each,
+            max_shared_tokens=min(
+                links * tokens_each, max(ROOM_FOR_SHARED_TOKENS, self.max_requests)
+            ),
         )
 
     def __post_init__(self) -> None:

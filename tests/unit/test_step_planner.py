@@ -141,3 +141,18 @@ def test_error_batch_beyond_capacity(q_lens: list[int], kv_lens: list[int], what
 
 def test_default_band_is_causal() -> None:
     assert LAYER.planned_band == CAUSAL
+
+
+@pytest.mark.parametrize(
+    ("requests", "drafts", "room"),
+    [
+        (256, 0, 3 * 256),  # three levels
+        (256, 3, 3 * 256 * 4),
+        (1024, 3, 4096),  # one level, not three
+        (3000, 0, 4096),
+        (8192, 0, 8192),
+    ],
+)
+def test_room_for_sharing_is_bounded(requests: int, drafts: int, room: int) -> None:
+    step = Capacity(requests, requests * (1 + drafts), 4096, max_q_len=1 + drafts)
+    assert step.with_sharing().max_shared_tokens == room
