@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from e2e_bench.report import RESULTS, gpu_name, gpu_slug
 from e2e_bench.tables import IMPLS
@@ -43,9 +44,31 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("jit", help="compiling and launching; partly without a GPU")
     _gpu_options(one, "jit")
     one.add_argument("--arch", default="sm_90a", help="to compile for without a GPU")
+    _add_serve(commands)
     commands.add_parser("report", help="draw pictures, print tables, rewrite docs/benchmarks.md")
     commands.add_parser("evidence", help="which committed results are stale")
     return top
+
+
+def _add_serve(commands: Any) -> None:
+    one = commands.add_parser("serve", help="servers of an engine under load, backend by backend")
+    one.add_argument("--engine", default="vllm", choices=("vllm", "sglang"))
+    one.add_argument(
+        "--shape",
+        default="llama-3.1-8b",
+        help="of the model, with dummy weights; tiny: a small model on a CPU",
+    )
+    one.add_argument(
+        "--peers",
+        type=_words,
+        help="backends beside ours, by comma; environment variables may follow a name, as in "
+        "'CUSTOM FI_SHARING=0'; default: TRITON_ATTN,FLASH_ATTN or triton,flashinfer,fa3",
+    )
+    one.add_argument("--not-ours", action="store_true", help="the peers alone")
+    one.add_argument("--workloads", type=_words, default=(), help="loads, by comma; default: all")
+    one.add_argument("--out", type=Path, required=True, help="JSON to write, or to go on with")
+    one.add_argument("--logs", type=Path, help="folder of the servers' logs; else temporary")
+    one.add_argument("options", nargs="*", help="after --: further options of the server")
 
 
 def _gpu_options(command: argparse.ArgumentParser, name: str) -> None:
@@ -91,6 +114,10 @@ def main(argv: list[str] | None = None) -> int:
 
         print(evidence.summary(evidence.gather()))
         return 0
+    if args.command == "serve":
+        from e2e_bench.serving import matrix
+
+        return matrix.run_command(args)
     return _run_on_gpu(args)
 
 

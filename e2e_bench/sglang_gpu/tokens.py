@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
-import importlib.util
 import json
 import os
 import signal
@@ -23,25 +22,11 @@ from typing import Any
 
 from e2e_bench.sglang_gpu.runs import Case, Run, cases
 from e2e_bench.vllm_gpu.compare import compare, judge
-from e2e_bench.vllm_gpu.environment import engine_environment, run_header
+from e2e_bench.vllm_gpu.environment import run_header, sglang_environment
 from e2e_bench.vllm_gpu.models import make_small
 
 Result = dict[str, Any]
 LOG_END_CHARS = 1500
-
-
-def sglang_environment(folder: Path) -> dict[str, str]:
-    """Return the environment of SGLang's processes.
-
-    Speculation imports DeepGEMM, whatever the model: an empty module stands in where there is none.
-    """
-    environment = engine_environment(folder) | {"SGLANG_ENABLE_JIT_DEEPGEMM": "0"}
-    if importlib.util.find_spec("deep_gemm") is None:
-        stand_ins = folder / "stand_ins"
-        stand_ins.mkdir(exist_ok=True)
-        (stand_ins / "deep_gemm.py").touch()
-        environment["PYTHONPATH"] += os.pathsep + str(stand_ins)
-    return environment
 
 
 def run_engine(run: Run, folder: Path, limit_s: float) -> Result:

@@ -3,5 +3,4 @@
 Both run where vLLM is on PYTHONPATH without being installed, and so may this checkout::
 
     PYTHONPATH=/path/to/vllm:. python -m e2e_bench.vllm_gpu.tokens --out tokens.json
-    PYTHONPATH=/path/to/vllm:. python -m e2e_bench.vllm_gpu.serve --out serve.json
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import tomllib
 from pathlib import Path
@@ -25,6 +26,8 @@ OFFLINE = {
     "PYTHONSAFEPATH": "1",
     "PYTHONUNBUFFERED": "1",
 }
+# What SGLang imports and does not need here.
+STAND_INS = {"deep_gemm": "", "datasets": "load_dataset = None\n"}
 
 
 def engine_environment(scratch: Path) -> dict[str, str]:
@@ -41,11 +44,28 @@ def engine_environment(scratch: Path) -> dict[str, str]:
     return os.environ | OFFLINE | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
+def sglang_environment(scratch: Path) -> dict[str, str]:
+    """Return the environment of SGLang's processes.
+
+    Empty modules stand in for what it imports whatever the model and the load, where that is not
+    installed: DeepGEMM with drafts, ``datasets`` in its client.
+    """
+    environment = engine_environment(scratch) | {"SGLANG_ENABLE_JIT_DEEPGEMM": "0"}
+    folder = scratch / "stand_ins"
+    folder.mkdir(exist_ok=True)
+    for name, text in STAND_INS.items():
+        if importlib.util.find_spec(name) is None:
+            (folder / f"{name}.py").write_text(text)
+    environment["PYTHONPATH"] += os.pathsep + str(folder)
+    return environment
+
+
 def run_header(engine: str, **extra: Any) -> dict[str, Any]:
     """Return the header of results: ``engine`` is the package whose version was run."""
     versions = {engine: str(importlib.import_module(engine).__version__)}
-    gpu = find_driver().gpus[0].name
-    return report.meta(versions, gpu=gpu, cpus=os.cpu_count(), **extra)
+    gpus = find_driver().gpus
+    machine = {"gpu": gpus[0].name} if gpus else {"cpu": report.cpu_name()}
+    return report.meta(versions, cpus=os.cpu_count(), **machine, **extra)
 
 
 def _is_installed() -> bool:

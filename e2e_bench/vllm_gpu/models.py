@@ -47,8 +47,8 @@ _GPU_MODELS = (
 )
 tiny_models.MODELS.update({model.name: model for model in _GPU_MODELS})
 
-# Llama-3.1-8B without its weights: engines fill them with noise (--load-format dummy).
-LLAMA_8B: dict[str, Any] = {
+# Shapes without their weights: engines fill them with noise (--load-format dummy).
+_LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": 4096,
@@ -69,6 +69,27 @@ LLAMA_8B: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": _LLAMA_8B,
+    "llama-3.1-70b": _LLAMA_8B
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
+    "qwen3-8b": _LLAMA_8B
+    | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+    },
+}
 
 
 def make_small(name: str) -> Path:
@@ -76,15 +97,16 @@ def make_small(name: str) -> Path:
     return tiny_models.make(name, tiny_models.cache_folder())
 
 
-def make_llama_8b(folder: Path) -> Path:
-    """Return a folder with the configuration of Llama-3.1-8B and a tokenizer, without weights.
+def make_shape(name: str, folder: Path) -> Path:
+    """Return a folder with a configuration of SHAPES and a tokenizer, without weights.
 
     The tokenizer knows one word per id, so that a benchmark's random prompts keep their lengths.
     """
-    target = folder / "llama-8b-shape"
+    config = SHAPES[name]
+    target = folder / f"{name}-shape"
     target.mkdir(parents=True, exist_ok=True)
-    (target / "config.json").write_text(json.dumps(LLAMA_8B))
-    words = ["<s>", "</s>", "<unk>", *(f"t{i}" for i in range(3, LLAMA_8B["vocab_size"]))]
+    (target / "config.json").write_text(json.dumps(config))
+    words = ["<s>", "</s>", "<unk>", *(f"t{i}" for i in range(3, config["vocab_size"]))]
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     tokenizer = {
         "version": "1.0",

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from e2e_bench.vllm_gpu import environment, serve, tokens
+from e2e_bench.vllm_gpu import environment, tokens
 from e2e_bench.vllm_gpu.compare import Agreement, compare, judge
 from e2e_bench.vllm_gpu.engine import SHARING, WORKLOADS, find_run
-from e2e_bench.vllm_gpu.models import make_llama_8b
+from e2e_bench.vllm_gpu.models import SHAPES, make_shape
 from e2e_bench.vllm_gpu.runs import OURS, Case, Run, cases
 
 
@@ -127,83 +127,12 @@ def test_entry_points_of_a_checkout_are_found(
     assert done.stdout.strip() == str(environment.ROOT / "e2e_bench")
 
 
-def test_the_large_shape_has_one_token_per_word(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_shape_has_one_token_per_word(tmp_path: Path, name: str) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
-    folder = make_llama_8b(tmp_path)
+    folder = make_shape(name, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = [3, 128255, 77, 4]
+    ids = [3, SHAPES[name]["vocab_size"] - 1, 77, 4]
     assert tokenizer.encode(tokenizer.decode(ids)) == ids
     assert len(tokenizer) == AutoConfig.from_pretrained(folder).vocab_size
-
-
-def test_loads_are_those_of_the_tables() -> None:
-    options = serve.LOADS["mixed1k"].options()
-    pairs = dict(zip(options[::2], options[1::2], strict=True))
-    assert json.loads(pairs["--random-range-ratio"]) == {"input": 0.8, "output": 0.0}
-    assert (pairs["--num-prompts"], pairs["--max-concurrency"]) == ("320", "64")
-    assert ("--temperature", "0") in pairs.items() and "--extra-body" not in pairs
-    longest = max(load.prefix_tokens + load.input_tokens for load in serve.LOADS.values())
-    assert longest + serve.OUTPUT_TOKENS <= serve.MAX_MODEL_LEN
-
-
-def test_samples_of_parallel_generation_all_count() -> None:
-    loads = [serve.LOADS[name] for name in serve.GROUPS["parallel"]]
-    assert {load.prompts * load.samples for load in loads} == {256}
-    assert {load.in_flight * load.samples for load in loads} == {64}
-    options = loads[1].options()
-    pairs = dict(zip(options[::2], options[1::2], strict=True))
-    assert json.loads(pairs["--extra-body"]) == {"n": 8} and pairs["--temperature"] == "1"
-    figures = {"output_throughput": 900.0, "mean_tpot_ms": 1.0, "mean_itl_ms": 0.1}
-    assert serve.per_sample(figures, 1) == figures
-    # The last of 8 samples came 1023 ms after the first token: 127 tokens later.
-    expected = {"output_throughput": 900.0, "mean_tpot_ms": pytest.approx(1023 / 127)}
-    assert serve.per_sample(figures, 8) == expected
-
-
-def test_a_backend_may_come_with_environment_variables() -> None:
-    assert serve.split_backend("FLASH_ATTN") == ("FLASH_ATTN", {})
-    split = serve.split_backend("CUSTOM FI_SHARING=0 FI_CHECK=1")
-    assert split == ("CUSTOM", {"FI_SHARING": "0", "FI_CHECK": "1"})
-
-
-class Played:
-    """A server that never starts: what it was given, and what its worker answers."""
-
-    def __init__(self, *given: Any) -> None:
-        self.given, self.ready_s, self.calls = given, 1.0, 0
-        given[2].write_text("GPU KV cache size: 1,234 tokens")
-
-    def __enter__(self) -> Played:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def counts(self) -> dict[str, int]:
-        self.calls += 1
-        return {"kv_tokens": 1000 * self.calls, "saved_kv_tokens": 700 * self.calls, "steps": 1}
-
-
-def test_figures_come_with_what_sharing_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    servers: list[Played] = []
-    monkeypatch.setattr(serve, "make_llama_8b", lambda folder: folder)
-    monkeypatch.setattr(serve, "drive", lambda *_: {"completed": 16})
-    monkeypatch.setattr(serve, "Server", lambda *a: servers.append(Played(*a)) or servers[-1])
-    saved: dict[tuple[str, str], Any] = {}
-
-    def save(backend: str, name: str, figures: Any) -> None:
-        saved[backend, name] = figures
-
-    for backend in ("CUSTOM FI_SHARING=0", "FLASH_ATTN"):
-        serve.measure(backend, ["parallel16"], tmp_path, [], save)
-    ours = saved["CUSTOM FI_SHARING=0", "parallel16"]
-    assert (ours["kv_tokens"], ours["saved_kv_tokens"]) == (1000, 700)
-    assert "kv_tokens" not in saved["FLASH_ATTN", "parallel16"]
-    assert saved["FLASH_ATTN", "server"]["kv_cache_tokens"] == 1234.0
-    _, name, log, options, variables = servers[0].given
-    assert (name, log.name) == ("CUSTOM", "CUSTOM-FI_SHARING=0.log")
-    assert variables["FI_SHARING"] == "0" and serve.WORKER in options
-    assert "FI_SHARING" not in servers[1].given[4] and serve.WORKER not in servers[1].given[3]

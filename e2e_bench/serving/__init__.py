@@ -1,0 +1,1 @@
+"""Engines under load with several attention backends, by their own servers and clients."""

@@ -1,0 +1,261 @@
+"""How each engine is served, and driven by the client that it comes with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from e2e_bench.demo.server import MODEL_NAME, Server, ServerFailed, SglangServer
+from e2e_bench.serving.loads import SEED, Load
+from e2e_bench.vllm_gpu.environment import engine_environment, sglang_environment
+
+FIGURES = (
+    "completed",
+    "failed",
+    "duration",
+    "total_output_tokens",
+    "output_throughput",
+    "mean_itl_ms",
+    "median_itl_ms",
+    "p99_itl_ms",
+    "mean_tpot_ms",
+    "median_tpot_ms",
+    "p99_tpot_ms",
+    "mean_ttft_ms",
+    "median_ttft_ms",
+    "p99_ttft_ms",
+)
+# vLLM's part that answers fi_backend_stats, and what lets it be asked.
+VLLM_WORKER = "fi_backend.integrations.vllm.worker.FiWorkerExtension"
+VLLM_DEV_MODE = {"VLLM_SERVER_DEV_MODE": "1"}
+
+
+class ServedEngine(ABC):
+    """An engine that can be served.
+
+    Attributes:
+        name: of its package.
+        ours: its names of this backend.
+        peers: backends to compare with where nobody names others.
+        facts: what a server's log says about it, as regular expressions of one group.
+    """
+
+    name: str
+    ours: tuple[str, ...]
+    peers: tuple[str, ...]
+    facts: Mapping[str, str]
+
+    @abstractmethod
+    def server(
+        self,
+        model: Path,
+        backend: str,
+        log: Path,
+        environment: Mapping[str, str],
+        length: int | None,
+    ) -> Server:
+        """Return a server that is not started.
+
+        Args:
+            model: folder of the model.
+            backend: the engine's name of one.
+            log: where its output goes.
+            environment: variables.
+            length: tokens of the longest request on a GPU, where the model has dummy weights;
+                None: a small model on a CPU.
+        """
+
+    @abstractmethod
+    def client(self, url: str, model: Path, load: Load, out: Path) -> list[str]:
+        """Return the command that drives a server and writes figures to a file."""
+
+    def why_not(self, load: Load) -> str | None:
+        """Return why the client cannot make a load; None: it can."""
+        del load
+        return None
+
+    def environment(self, scratch: Path) -> dict[str, str]:
+        """Return the environment of servers and clients, with a folder for what has to be there."""
+        return engine_environment(scratch)
+
+    def drive(
+        self, server: Server, model: Path, load: Load, environment: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Return the figures of one benchmark against a running server.
+
+        Raises:
+            ServerFailed: the client failed; the message carries the end of what it said.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "out.json"
+            command = self.client(server.url, model, load, out)
+            done = subprocess.run(
+                command, env=dict(environment), capture_output=True, text=True, check=False
+            )
+            if done.returncode != 0 or not out.exists():
+                said = done.stdout[-1000:] + done.stderr[-2000:]
+                raise ServerFailed(f"{' '.join(command[:4])} ended with {done.returncode}: {said}")
+            figures = json.loads(out.read_text().strip().splitlines()[-1])
+        return per_sample({name: figures[name] for name in FIGURES if name in figures}, load)
+
+
+def per_sample(figures: Mapping[str, Any], load: Load) -> dict[str, Any]:
+    """Return figures as they are for one sample: the client takes all of a prompt for one stream.
+
+    It then divides the time after the first token by the tokens of all samples, and times gaps
+    between tokens of different samples, which say nothing.
+    """
+    if load.samples == 1:
+        return dict(figures)
+    tokens = load.output_tokens
+    factor = (load.samples * tokens - 1) / (tokens - 1)
+    kept = {name: value for name, value in figures.items() if "_itl_" not in name}
+    return {name: value * factor if "_tpot_" in name else value for name, value in kept.items()}
+
+
+def _flat(options: Mapping[str, object]) -> list[str]:
+    return [str(part) for pair in options.items() for part in pair]
+
+
+class Vllm(ServedEngine):
+    """``vllm serve`` and ``vllm bench serve``."""
+
+    name = "vllm"
+    ours = ("CUSTOM", "FI_BACKEND")
+    peers = ("TRITON_ATTN", "FLASH_ATTN")
+    facts: Mapping[str, str] = {
+        "kv_cache_tokens": r"GPU KV cache size: ([\d,]+) tokens",
+        "graph_capture_s": r"Graph capturing finished in ([\d.]+) secs",
+        "graph_capture_gib": r"Graph capturing finished in [\d.]+ secs, took ([-\d.]+) GiB",
+        "model_gib": r"Model loading took ([\d.]+) GiB",
+    }
+
+    def server(
+        self,
+        model: Path,
+        backend: str,
+        log: Path,
+        environment: Mapping[str, str],
+        length: int | None,
+    ) -> Server:
+        """Options that repeat those of the demo count: the last one does."""
+        options = ["--worker-extension-cls", VLLM_WORKER] if backend in self.ours else []
+        if length is None:
+            options += ["--max-model-len", "2048", "--max-num-seqs", "16", "--block-size", "32"]
+        else:
+            options += ["--dtype", "bfloat16", "--no-enforce-eager", "--load-format", "dummy"]
+            options += ["--max-model-len", str(length)]
+        return Server(model, backend, log, options, {**environment, **VLLM_DEV_MODE})
+
+    def client(self, url: str, model: Path, load: Load, out: Path) -> list[str]:
+        """Of several greedy samples vLLM wants none: they are drawn."""
+        options: dict[str, object] = {
+            "--backend": "vllm",
+            "--base-url": url,
+            "--model": MODEL_NAME,
+            "--tokenizer": model,
+            "--dataset-name": "random",
+            "--random-input-len": load.input_tokens,
+            "--random-output-len": load.output_tokens,
+            "--random-range-ratio": json.dumps({"input": load.spread, "output": 0.0}),
+            "--random-prefix-len": load.prefix_tokens,
+            "--num-prompts": load.prompts,
+            "--max-concurrency": load.in_flight,
+            "--temperature": 0 if load.samples == 1 else 1,
+            "--seed": SEED,
+            "--percentile-metrics": "ttft,tpot,itl",
+            "--metric-percentiles": 99,
+            "--result-dir": out.parent,
+            "--result-filename": out.name,
+        }
+        if load.samples > 1:
+            options["--extra-body"] = json.dumps({"n": load.samples})
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
+        return [*command, *_flat(options), "--ignore-eos", "--disable-tqdm", "--save-result"]
+
+
+class Sglang(ServedEngine):
+    """``sglang.launch_server`` and ``sglang.bench_serving``."""
+
+    name = "sglang"
+    ours = ("fi",)
+    peers = ("triton", "flashinfer", "fa3")
+    facts: Mapping[str, str] = {"kv_cache_tokens": r"max_total_num_tokens=(\d+)"}
+
+    def server(
+        self,
+        model: Path,
+        backend: str,
+        log: Path,
+        environment: Mapping[str, str],
+        length: int | None,
+    ) -> Server:
+        """On a GPU none of the options for a small machine."""
+        if length is None:
+            return SglangServer(model, backend, log, (), environment)
+        options = ["--dtype", "bfloat16", "--load-format", "dummy", "--context-length", str(length)]
+        return GpuSglangServer(model, backend, log, options, environment)
+
+    def client(self, url: str, model: Path, load: Load, out: Path) -> list[str]:
+        """Outputs are drawn with the spread of the inputs: the client has one for both."""
+        options: dict[str, object] = {
+            "--backend": "sglang",
+            "--base-url": url,
+            "--model": model,
+            "--served-model-name": MODEL_NAME,
+            "--num-prompts": load.prompts,
+            "--max-concurrency": load.in_flight,
+            "--seed": SEED,
+            "--output-file": out,
+        }
+        if load.prefix_tokens:
+            options |= {
+                "--dataset-name": "generated-shared-prefix",
+                "--gsp-num-groups": 1,
+                "--gsp-prompts-per-group": load.prompts,
+                "--gsp-system-prompt-len": load.prefix_tokens,
+                "--gsp-question-len": load.input_tokens,
+                "--gsp-output-len": load.output_tokens,
+            }
+        else:
+            options |= {
+                "--dataset-name": "random-ids",
+                "--random-input-len": round(load.input_tokens * (1 + load.spread)),
+                "--random-output-len": load.output_tokens,
+                "--random-range-ratio": (1 - load.spread) / (1 + load.spread),
+            }
+        flags = ["--disable-tqdm", "--tokenize-prompt"]
+        return [sys.executable, "-m", "sglang.bench_serving", *_flat(options), *flags]
+
+    def why_not(self, load: Load) -> str | None:
+        """One sample a prompt is what the client counts."""
+        if load.samples == 1:
+            return None
+        return f"sglang.bench_serving: expected one sample a prompt, got {load.samples}"
+
+    def environment(self, scratch: Path) -> dict[str, str]:
+        """Return the environment, with empty modules for what SGLang imports and does not need."""
+        return sglang_environment(scratch)
+
+
+class GpuSglangServer(SglangServer):
+    """One ``sglang.launch_server`` on a GPU."""
+
+    def command(self) -> list[str]:
+        """Return the command line up to address, backend and options."""
+        return [sys.executable, "-m", "sglang.launch_server", "--model-path", str(self.model)]
+
+
+ENGINES: Mapping[str, ServedEngine] = {one.name: one for one in (Vllm(), Sglang())}
+
+
+def split_backend(text: str) -> tuple[str, dict[str, str]]:
+    """Return a backend's name and the environment variables that follow it: ``CUSTOM A=1 B=2``."""
+    name, *settings = text.split()
+    return name, dict(setting.split("=", 1) for setting in settings)

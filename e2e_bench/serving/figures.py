@@ -1,0 +1,136 @@
+"""What a matrix measured, for people: a table per load, and a page with a picture."""
+
+from __future__ import annotations
+
+import base64
+import html
+import importlib.util
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from e2e_bench.serving.engines import ENGINES
+
+Row = Mapping[str, Any]
+OURS = {name for engine in ENGINES.values() for name in engine.ours}
+COLUMNS = (
+    ("tokens/s", "output_throughput"),
+    ("ITL median", "median_itl_ms"),
+    ("mean", "mean_itl_ms"),
+    ("p99", "p99_itl_ms"),
+    ("TPOT median", "median_tpot_ms"),
+    ("TTFT median", "median_ttft_ms"),
+    ("mean", "mean_ttft_ms"),
+    ("p99", "p99_ttft_ms"),
+)
+
+
+def measured(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Return the loads in the order they came, each with its rows."""
+    titles = [_title(row) for row in rows if "output_throughput" in row]
+    return [
+        (title, [row for row in rows if "output_throughput" in row and _title(row) == title])
+        for title in dict.fromkeys(titles)
+    ]
+
+
+def _title(row: Row) -> str:
+    return f"{row['engine']} · {row['shape']} · {row['workload']}"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return Markdown: milliseconds, and the share of KV reads that sharing saved."""
+    lines = []
+    for title, found in measured(rows):
+        lines += [f"\n{title} (ms):\n", _line(["backend", *(name for name, _ in COLUMNS), "saved"])]
+        lines.append(_line(["---"] * (len(COLUMNS) + 2)))
+        lines += [_line(_cells(row)) for row in found]
+    for row in rows:
+        if row["workload"] == "failed":
+            lines.append(f"\n{row['engine']} {row['backend']} failed: {row['why']}")
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> list[str]:
+    values = [row.get(key) for _, key in COLUMNS]
+    cells = ["" if value is None else f"{value:,.4g}" for value in values]
+    return [row["backend"], *cells, _saved(row)]
+
+
+def _saved(row: Row) -> str:
+    if not row.get("kv_tokens"):
+        return ""
+    return f"{100 * row['saved_kv_tokens'] / row['kv_tokens']:.1f} %"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def draw(out: Path, meta: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Write ``out`` with the endings .png and .html; nothing where nothing was measured."""
+    loads = measured(rows)
+    if not loads:
+        return
+    picture = b""
+    if importlib.util.find_spec("matplotlib"):
+        picture = _picture(loads)
+        out.with_suffix(".png").write_bytes(picture)
+    else:
+        print(f"no picture: matplotlib is not installed; the same command elsewhere draws {out}")
+    out.with_suffix(".html").write_text(_page(meta, rows, picture))
+
+
+def _picture(loads: Sequence[tuple[str, Sequence[Row]]]) -> bytes:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        len(loads), 2, figsize=(10, 1 + 1.6 * len(loads)), squeeze=False, layout="constrained"
+    )
+    for (title, found), line in zip(loads, axes, strict=True):
+        # Of several samples a prompt a client times no single gaps.
+        gap = "itl" if "median_itl_ms" in found[0] else "tpot"
+        pictures = (
+            ("output_throughput", "tokens per second"),
+            (f"median_{gap}_ms", f"median {gap.upper()}, ms"),
+        )
+        for (key, unit), axis in zip(pictures, line, strict=True):
+            shown = [row for row in found if row.get(key) is not None]
+            colors = [f"C{int(row['backend'].split()[0] not in OURS)}" for row in shown]
+            names = [row["backend"] for row in shown]
+            bars = axis.barh(names, [row[key] for row in shown], color=colors)
+            axis.bar_label(bars, fmt="%.4g", padding=3)
+            axis.invert_yaxis()
+            axis.margins(x=0.15)
+            axis.set_title(f"{title}: {unit}", fontsize=9)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    pyplot.close(figure)
+    return picture.getvalue()
+
+
+def _page(meta: Mapping[str, Any], rows: Sequence[Row], picture: bytes) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
+    where = f"{meta.get('gpu') or meta.get('cpu')}; {versions}; {meta['date']}, {meta['commit']}"
+    parts = [
+        "<!doctype html><meta charset='utf-8'><title>Serving</title>",
+        "<style>body{font:15px sans-serif;max-width:70em;margin:2em auto}"
+        "td,th{padding:.2em .7em;text-align:right}td:first-child{text-align:left}</style>",
+        f"<h1>Serving</h1><p>{html.escape(where)}</p>",
+    ]
+    if picture:
+        data = base64.b64encode(picture).decode()
+        parts.append(f"<img alt='tokens per second and ITL' src='data:image/png;base64,{data}'>")
+    names = ["backend", *(name for name, _ in COLUMNS), "saved"]
+    for title, found in measured(rows):
+        parts.append(f"<h2>{html.escape(title)}</h2><table><tr>")
+        parts += [f"<th>{html.escape(name)}</th>" for name in names]
+        for row in found:
+            parts.append("</tr><tr>")
+            parts += [f"<td>{html.escape(cell)}</td>" for cell in _cells(row)]
+        parts.append("</tr></table>")
+    return "\n".join(parts) + "\n"

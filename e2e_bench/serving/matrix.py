@@ -1,0 +1,225 @@
+"""The matrix of backends and loads, measured one server after another, as JSON that grows.
+
+A run that was interrupted goes on where it stopped: what the file holds is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from e2e_bench.demo.load import run_wave
+from e2e_bench.demo.server import Server, ServerFailed
+from e2e_bench.serving import figures as tables
+from e2e_bench.serving.engines import ENGINES, ServedEngine, split_backend
+from e2e_bench.serving.loads import GROUPS, LOADS, SMALL_LOADS, Load
+from e2e_bench.vllm_gpu.environment import run_header
+from e2e_bench.vllm_gpu.models import SHAPES, make_shape, make_small
+
+TINY = "tiny"
+SERVER = "server"  # the row of what a server says about itself
+COUNTED = ("kv_tokens", "saved_kv_tokens")
+ANSWER_PROMPTS = ("t5 t77 t9 t14", "t901 t12 t8", " ".join(f"t{i}" for i in range(40, 240)))
+ANSWER_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What is measured.
+
+    Attributes:
+        engine: the server and its client.
+        shape: of the model: a key of ``vllm_gpu.models.SHAPES``, with dummy weights, or TINY.
+        backends: the engine's names, each with environment variables behind it or not.
+        loads: by name.
+        out: JSON to write, or to go on with.
+        logs: folder of the servers' logs.
+        options: further command line of servers.
+    """
+
+    engine: ServedEngine
+    shape: str
+    backends: Sequence[str]
+    loads: Mapping[str, Load]
+    out: Path
+    logs: Path
+    options: Sequence[str] = ()
+
+    def run(self) -> int:
+        """Measure what is missing, print tables, draw; return how many backends failed.
+
+        Raises:
+            ValueError: the file holds rows of another tree or machine.
+        """
+        results = Results(self.out, self.engine.name, self.shape)
+        failed = 0
+        loads = {name: one for name, one in self.loads.items() if self._can_make(name, one)}
+        for backend in self.backends:
+            missing = {name: one for name, one in loads.items() if not results.has(backend, name)}
+            if not missing:
+                print(f"{backend}: measured before", flush=True)
+                continue
+            results.describe(self.engine.name, list(self.options))
+            results.forget(backend, "failed")
+            try:
+                self._measure(backend, missing, results)
+            except ServerFailed as error:
+                failed += 1
+                results.save(backend, "failed", {"why": str(error)})
+        print(tables.table(results.rows))
+        tables.draw(self.out, results.meta, results.rows)
+        return failed
+
+    def _can_make(self, name: str, load: Load) -> bool:
+        reason = self.engine.why_not(load)
+        if reason:
+            print(f"{name} is not run: {reason}", flush=True)
+        return reason is None
+
+    def _measure(self, backend: str, loads: Mapping[str, Load], results: Results) -> None:
+        environment = self.engine.environment(self.logs)
+        tiny = self.shape == TINY
+        model = make_small("demo") if tiny else make_shape(self.shape, self.logs)
+        name, settings = split_backend(backend)
+        log = self.logs / f"{self.engine.name}-{backend.replace(' ', '-')}.log"
+        length = None if tiny else max(load.longest for load in self.loads.values()) + 64
+        server = self.engine.server(model, name, log, environment | settings, length)
+        server.options = [*server.options, *self.options]
+        print(f"{backend}: starting a server …", flush=True)
+        with server:
+            results.save(backend, SERVER, self._facts(server, results, backend))
+            for load_name, load in loads.items():
+                started, before = time.monotonic(), self._counts(server, name)
+                found = self.engine.drive(server, model, load, environment)
+                found["wall_s"] = round(time.monotonic() - started, 1)
+                after = self._counts(server, name)
+                results.save(
+                    backend, load_name, found | {key: after[key] - before[key] for key in after}
+                )
+
+    def _facts(self, server: Server, results: Results, backend: str) -> dict[str, Any]:
+        """What the log says, memory, and how many answers are those of the first backend."""
+        text = server.log.read_text(errors="replace")
+        facts: dict[str, Any] = {"ready_s": round(server.ready_s, 1), "gpu_mib": _gpu_mib()}
+        for fact, pattern in self.engine.facts.items():
+            match = re.search(pattern, text)
+            facts[fact] = float(match[1].replace(",", "")) if match else None
+        answers = [stream.text for stream in run_wave(server, ANSWER_PROMPTS, ANSWER_TOKENS)]
+        first = results.first_answers(backend) or answers
+        same = sum(one == other for one, other in zip(answers, first, strict=True))
+        return facts | {"answers": answers, "answers_as_the_first": f"{same} of {len(answers)}"}
+
+    def _counts(self, server: Server, name: str) -> dict[str, int]:
+        if name not in self.engine.ours:
+            return {}
+        counts = server.counts()
+        return {key: counts.get(key, 0) for key in COUNTED}
+
+
+class Results:
+    """Figures of one engine and shape, written after each is there."""
+
+    def __init__(self, path: Path, engine: str, shape: str) -> None:
+        self.path = path
+        held = json.loads(path.read_text()) if path.exists() else {}
+        self.meta: dict[str, Any] = held.get("meta", {})
+        self.rows: list[dict[str, Any]] = held.get("rows", [])
+        self._key = {"engine": engine, "shape": shape}
+
+    def describe(self, engine: str, options: list[str]) -> None:
+        """Write down what is run, and where.
+
+        Raises:
+            ValueError: the rows that the file holds are of another tree or machine.
+        """
+        now = run_header(engine, options=options)
+        for key in ("kernels_hash", "gpu", "cpu"):
+            if self.rows and self.meta.get(key) != now.get(key):
+                held = f"{key} {self.meta.get(key)}, as its rows have"
+                found = f"{now.get(key)}; name a new file"
+                raise ValueError(f"{self.path}: expected {held}, got {found}")
+        self.meta |= now
+
+    def has(self, backend: str, workload: str) -> bool:
+        """Whether that was measured."""
+        wanted = self._key | {"backend": backend, "workload": workload}
+        return any(wanted.items() <= row.items() for row in self.rows)
+
+    def first_answers(self, backend: str) -> list[str] | None:
+        """Return what the first other backend said."""
+        for row in self.rows:
+            same = self._key.items() <= row.items() and row["backend"] != backend
+            if same and row["workload"] == SERVER:
+                answers: list[str] = row["answers"]
+                return answers
+        return None
+
+    def forget(self, backend: str, workload: str) -> None:
+        """Drop a row, if there is one."""
+        key = self._key | {"backend": backend, "workload": workload}
+        self.rows = [row for row in self.rows if not key.items() <= row.items()]
+
+    def save(self, backend: str, workload: str, figures: Mapping[str, Any]) -> None:
+        """Add a row, in the place of an older one, and write the file."""
+        self.forget(backend, workload)
+        self.rows.append(self._key | {"backend": backend, "workload": workload, **figures})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps({"meta": self.meta, "rows": self.rows}, indent=1) + "\n")
+        partial.replace(self.path)
+        shown = {name: value for name, value in figures.items() if name != "answers"}
+        print(json.dumps({"backend": backend, "workload": workload, **shown}), flush=True)
+
+
+def _gpu_mib() -> float | None:
+    """Memory in use on all GPUs; None without any."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+    return float(sum(float(line) for line in done.stdout.split()))
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Run what the command line names; return the exit status."""
+    engine = ENGINES[args.engine]
+    known = SMALL_LOADS if args.shape == TINY else LOADS
+    try:
+        loads = choose_loads(args.workloads, known)
+        if args.shape != TINY and args.shape not in SHAPES:
+            raise ValueError(f"--shape: expected {TINY}, {', '.join(SHAPES)}, got {args.shape!r}")
+        peers = engine.peers if args.peers is None else args.peers
+        backends = tuple(peers) if args.not_ours else (engine.ours[0], *peers)
+        with tempfile.TemporaryDirectory() as temporary:
+            logs = (args.logs or Path(temporary)).absolute()
+            logs.mkdir(parents=True, exist_ok=True)
+            matrix = Matrix(engine, args.shape, backends, loads, args.out, logs, args.options)
+            return 1 if matrix.run() else 0
+    except ValueError as error:
+        print(f"serve: {error}", file=sys.stderr)
+        return 2
+
+
+def choose_loads(names: Sequence[str], known: Mapping[str, Load]) -> dict[str, Load]:
+    """Return loads by name, of a name of several all; none named: all.
+
+    Raises:
+        ValueError: a name that is not known.
+    """
+    wanted = [one for name in names or known for one in GROUPS.get(name, (name,))]
+    if "parallel" in known:  # of the small ones it is one load
+        wanted = list(names or known)
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"--workloads: expected some of {', '.join(known)}, got {name!r}")
+    return {name: known[name] for name in wanted}
