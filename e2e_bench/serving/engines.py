@@ -200,6 +200,8 @@ class Sglang(ServedEngine):
         if length is None:
             return SglangServer(model, backend, log, (), environment)
         options = ["--dtype", "bfloat16", "--load-format", "dummy", "--context-length", str(length)]
+        # Neither is what is measured, and both compile at first use or load a library.
+        options += ["--sampling-backend", "pytorch", "--grammar-backend", "none"]
         return GpuSglangServer(model, backend, log, options, environment)
 
     def client(self, url: str, model: Path, load: Load, out: Path) -> list[str]:
