@@ -39,12 +39,15 @@ class Load:
 
 LOADS: Mapping[str, Load] = {
     "mixed1k": Load(1024, 0.8, prompts=320, in_flight=64),
+    "fixed1k": Load(1024, 0.0, prompts=256, in_flight=64),
+    "uniform2k": Load(1280, 0.6, prompts=256, in_flight=64),  # 512 to 2,048 tokens
     "long32k": Load(32_000, 0.0, prompts=16, in_flight=8),
     "shared8k": Load(256, 0.0, prompts=192, in_flight=64, prefix_tokens=8192),
     # 256 samples, 64 of them in flight.
     "parallel4": Load(4096, 0.25, prompts=64, in_flight=16, samples=4),
     "parallel8": Load(4096, 0.25, prompts=32, in_flight=8, samples=8),
     "parallel16": Load(4096, 0.25, prompts=16, in_flight=4, samples=16),
+    "parallel64": Load(4096, 0.25, prompts=4, in_flight=1, samples=64),
 }
 # The same kinds of load for a small model on a CPU.
 SMALL_LOADS: Mapping[str, Load] = {
@@ -52,4 +55,4 @@ SMALL_LOADS: Mapping[str, Load] = {
     "shared": Load(32, 0.0, prompts=12, in_flight=4, prefix_tokens=512, output_tokens=16),
     "parallel": Load(128, 0.25, prompts=6, in_flight=2, samples=4, output_tokens=16),
 }
-GROUPS: Mapping[str, tuple[str, ...]] = {"parallel": ("parallel4", "parallel8", "parallel16")}
+GROUPS: Mapping[str, tuple[str, ...]] = {"parallel": ("parallel4", "parallel8", "parallel16", "parallel64")}

@@ -195,7 +195,7 @@ def test_loads_by_name() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--workloads", "nothing"], "--workloads: expected some of mixed1k, long32k,"),
+        (["--workloads", "nothing"], "--workloads: expected some of mixed1k, fixed1k,"),
         (
             ["--shape", "gpt-9"],
             "--shape: expected tiny, llama-3.1-8b, llama-3.1-70b, qwen3-8b",
