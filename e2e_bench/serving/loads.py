@@ -55,4 +55,6 @@ SMALL_LOADS: Mapping[str, Load] = {
     "shared": Load(32, 0.0, prompts=12, in_flight=4, prefix_tokens=512, output_tokens=16),
     "parallel": Load(128, 0.25, prompts=6, in_flight=2, samples=4, output_tokens=16),
 }
-GROUPS: Mapping[str, tuple[str, ...]] = {"parallel": ("parallel4", "parallel8", "parallel16", "parallel64")}
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "parallel": ("parallel4", "parallel8", "parallel16", "parallel64")
+}
