@@ -12,7 +12,7 @@ from fi_backend.variants import Variant, derive_band
 
 MAX_KV_LEN = 1 << 30
 MAX_NODES = (1 << 15) - 1  # the forest's kernel numbers them with 16 bits
-# Query tokens of all nodes that a planner has room for, unless one level of a large step has more:
+# Query tokens of all nodes that a planner has room for, unless it has more requests than that:
 # each costs two partial states per query head, 135 MB together at 32 heads of 128.
 ROOM_FOR_SHARED_TOKENS = 4096
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from e2e_bench.demo.server import MODEL_NAME, Server, ServerFailed, SglangServer
+from e2e_bench.engine_environment import engine_environment, sglang_environment
 from e2e_bench.serving.loads import SEED, Load
-from e2e_bench.vllm_gpu.environment import engine_environment, sglang_environment
 
 FIGURES = (
     "completed",
@@ -90,7 +90,8 @@ class ServedEngine(ABC):
         """Return the figures of one benchmark against a running server.
 
         Raises:
-            ServerFailed: the client failed; the message carries the end of what it said.
+            ServerFailed: the client failed, or requests did; the message carries the end of what it
+                said.
         """
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out.json"
@@ -98,10 +99,13 @@ class ServedEngine(ABC):
             done = subprocess.run(
                 command, env=dict(environment), capture_output=True, text=True, check=False
             )
+            said = done.stdout[-1000:] + done.stderr[-2000:]
             if done.returncode != 0 or not out.exists():
-                said = done.stdout[-1000:] + done.stderr[-2000:]
                 raise ServerFailed(f"{' '.join(command[:4])} ended with {done.returncode}: {said}")
             figures = json.loads(out.read_text().strip().splitlines()[-1])
+        if figures["completed"] != load.prompts:
+            answered = f"{figures['completed']} of {load.prompts} requests were answered"
+            raise ServerFailed(f"{answered}: {said}")
         return per_sample({name: figures[name] for name in FIGURES if name in figures}, load)
 
 

@@ -19,10 +19,10 @@ from typing import Any
 
 from e2e_bench.demo.load import run_wave
 from e2e_bench.demo.server import Server, ServerFailed
+from e2e_bench.engine_environment import run_header
 from e2e_bench.serving import figures as tables
 from e2e_bench.serving.engines import ENGINES, ServedEngine, split_backend
 from e2e_bench.serving.loads import GROUPS, LOADS, SMALL_LOADS, Load
-from e2e_bench.vllm_gpu.environment import run_header
 from e2e_bench.vllm_gpu.models import SHAPES, make_shape, make_small
 
 TINY = "tiny"

@@ -20,9 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from e2e_bench.engine_environment import run_header, sglang_environment
 from e2e_bench.sglang_gpu.runs import Case, Run, cases
 from e2e_bench.vllm_gpu.compare import compare, judge
-from e2e_bench.vllm_gpu.environment import run_header, sglang_environment
 from e2e_bench.vllm_gpu.models import make_small
 
 Result = dict[str, Any]

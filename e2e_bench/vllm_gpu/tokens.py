@@ -22,8 +22,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from e2e_bench.engine_environment import engine_environment, run_header
 from e2e_bench.vllm_gpu.compare import compare, judge
-from e2e_bench.vllm_gpu.environment import engine_environment, run_header
 from e2e_bench.vllm_gpu.models import make_small
 from e2e_bench.vllm_gpu.runs import Case, Run, cases
 

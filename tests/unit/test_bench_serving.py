@@ -82,6 +82,23 @@ def test_a_client_that_fails_says_why(
         Vllm().drive(SimpleNamespace(url="u"), Path("m"), SMALL_LOADS["mixed"], {})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("completed", [12, 11])
+def test_every_request_must_be_answered(monkeypatch: pytest.MonkeyPatch, completed: int) -> None:
+    def client(command: list[str], **_: Any) -> SimpleNamespace:
+        folder = Path(command[command.index("--result-dir") + 1])
+        found = {"completed": completed, "output_throughput": 9.0, "unknown": 1}
+        (folder / "out.json").write_text(json.dumps(found))
+        return SimpleNamespace(returncode=0, stdout="done", stderr="")
+
+    monkeypatch.setattr(engines.subprocess, "run", client)
+    given: Any = (SimpleNamespace(url="u"), Path("m"), SMALL_LOADS["mixed"], {})
+    if completed == 12:
+        assert Vllm().drive(*given) == {"completed": 12, "output_throughput": 9.0}
+        return
+    with pytest.raises(ServerFailed, match="11 of 12 requests were answered: done"):
+        Vllm().drive(*given)
+
+
 class Played:
     """A server that never starts: what it was given, and what its worker answers."""
 

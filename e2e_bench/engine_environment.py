@@ -13,7 +13,7 @@ from typing import Any
 from e2e_bench import report
 from fi_backend.nvidia import find_driver  # takes no GPU memory, unlike torch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 GROUP = "vllm.general_plugins"
 
 OFFLINE = {
