@@ -91,7 +91,8 @@ class Matrix:
         model = make_small("demo") if tiny else make_shape(self.shape, self.logs)
         name, settings = split_backend(backend)
         log = self.logs / f"{self.engine.name}-{backend.replace(' ', '-')}.log"
-        length = None if tiny else max(load.longest for load in self.loads.values()) + 64
+        # The client draws tokens and sends text, which may come back as a few tokens more.
+        length = None if tiny else max(load.longest for load in self.loads.values()) * 5 // 4
         server = self.engine.server(model, name, log, environment | settings, length)
         server.options = [*server.options, *self.options]
         print(f"{backend}: starting a server …", flush=True)
