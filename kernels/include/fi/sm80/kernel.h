@@ -48,6 +48,7 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
   state.clear();
   for (int t = 0; t < num_tiles; ++t) {
     ptx::cp_async_wait<T::kStages - 2>();
+    if constexpr (kByWarpgroups<S, T>) ptx::publish_to_products();
     __syncthreads();  // tile t has landed, and every warp has left the stage refilled next
     const int next = t + T::kStages - 1;
     loader.load(next, stage(next));
@@ -61,7 +62,9 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     __syncthreads();  // the stages become the meeting place of the warps' states
     merge_warps<S, V, T>(p, item, rows, loop.first_row(), loop.is_idle(), smem + kPlan.stages,
                          state);
-  } else if (!loop.is_idle()) {
+  } else {
+    if constexpr (kByWarpgroups<S, T>) __syncthreads();  // all have left the queries' place
+    if (loop.is_idle()) return;
     write_rows<S, V, T>(p, item, rows, loop.first_row(), smem, state);
   }
 }
@@ -108,10 +111,22 @@ __device__ void arrive_and_merge(const KernelParams& p, const PlanView& plan, Cl
   }
 }
 
+// The launch's shared memory. Alignment may cost a CTA as much: only where swizzled rows need it.
+template <bool kSwizzles>
+__device__ char* dynamic_shared() {
+  if constexpr (kSwizzles) {
+    extern __shared__ __align__(ptx::kSwizzleAtom) char smem_of_atoms[];
+    return smem_of_atoms;
+  } else {
+    extern __shared__ __align__(16) char smem[];
+    return smem;
+  }
+}
+
 // V is the variant; Tiles are the launch's tile classes in the planner's order.
 template <class S, class V, class... Tiles>
 __device__ void run(const KernelParams& p) {
-  extern __shared__ __align__(16) char smem[];
+  char* const smem = dynamic_shared<(kByWarpgroups<S, Tiles> || ...)>();
   __shared__ CurrentItem current;
   // Rows of a tile class without an array, which would live in local memory.
   const auto class_rows = [](int tile_class) {

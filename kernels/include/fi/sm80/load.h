@@ -4,11 +4,34 @@
 #include "fi/attention/kernel_params.h"
 #include "fi/ptx/cp_async.h"
 #include "fi/ptx/thread.h"
+#include "fi/ptx/wgmma.h"
 #include "fi/sm80/config.h"
 
 namespace fi::sm80 {
 
 static_assert(sizeof(VariantRow) == kRowInfoBytes);
+
+// Whether a tile class multiplies by warpgroups: four warps that split the rows, and operands that
+// wgmma can read. Where they lie is not padded but swizzled (ptx/wgmma.h), within the same places.
+template <class S, class T>
+constexpr bool kByWarpgroups =
+    ptx::kHasWarpgroups && S::kAligned && !S::kFp8 && S::kHeadDimQk % 64 == 0 &&
+    S::kHeadDimVo % 64 == 0 && S::kHeadDimQk != 192 && T::kKvTile % 64 == 0 && T::kWarpsN == 1 &&
+    T::kWarpsM % 4 == 0 && (T::kRowBlocks == 1 || T::kWarpsM == 4);
+
+// Bytes from the start of a tile of kRows swizzled rows to a 16-byte chunk of one of them.
+template <int kRows>
+__device__ inline uint32_t swizzled_chunk(uint32_t row, uint32_t chunk) {
+  return chunk / 8 * (kRows * ptx::kSwizzledRow) + row * ptx::kSwizzledRow +
+         (chunk ^ row) % 8 * 16;
+}
+
+// Where a packed row of queries lies: products take 64 rows, 16 of each of four warps.
+template <class S, class T>
+__device__ inline uint32_t place_of_row(uint32_t row) {
+  if constexpr (!kByWarpgroups<S, T> || T::kRowBlocks == 1) return row;
+  return row / 16 % 2 * 64 + row / 32 * 16 + row % 16;
+}
 
 __device__ inline float scale_of(const DeviceScale& s, int32_t kv_head) {
   return s.data ? s.data[s.per_head ? kv_head : 0] : 1.0f;
@@ -175,7 +198,10 @@ __device__ inline void load_q(const KernelParams& p, int num_rows, const Variant
   if constexpr (!S::kFp8) {
     for_each_part<T::kRows, S::kHeadDimQk / 8, T::kThreads, 4>(thread, [&](int x, int chunk) {
       const char* source = reinterpret_cast<const char*>(source_of(x) + chunk * 8);
-      copy_chunk<S, Element>(smem_q + x * kPitch + chunk * 16, source, x < num_rows);
+      const uint32_t row = place_of_row<S, T>(x);
+      const uint32_t at = kByWarpgroups<S, T> ? swizzled_chunk<T::kRows>(row, chunk)
+                                              : row * kPitch + chunk * 16;
+      copy_chunk<S, Element>(smem_q + at, source, x < num_rows);
     });
   } else {
     for_each_part<T::kRows, S::kHeadDimQk / 16, T::kThreads, 4>(thread, [&](int x, int group) {
@@ -240,6 +266,12 @@ class KvLoader {
   static constexpr int kLanesPerRow = max_int(kChunksK, kChunksV) < 8 ? 4 : 8;
   static constexpr int kRowsPerPass = T::kThreads / kLanesPerRow;
   static constexpr bool kFromShared = T::kWarpsN > 1 || !S::kAligned;
+  // Bytes between rows of a tile, and between a row's chunks that one thread copies.
+  static constexpr bool kSwizzles = kByWarpgroups<S, T>;
+  static constexpr int kRowK = kSwizzles ? ptx::kSwizzledRow : kPlan.pitch_k;
+  static constexpr int kRowV = kSwizzles ? ptx::kSwizzledRow : kPlan.pitch_v;
+  static constexpr int kNextChunk = kSwizzles ? T::kKvTile * ptx::kSwizzledRow : kLanesPerRow * 16;
+  static_assert(!kSwizzles || (kLanesPerRow == 8 && kRowsPerPass % 8 == 0));
   static_assert(T::kKvTile <= T::kThreads);
 
  public:
@@ -298,8 +330,9 @@ class KvLoader {
     const uint32_t thread = ptx::thread_index();
     const uint32_t lane = thread % kLanesPerRow, first_row = thread / kLanesPerRow;
     const RowOffsets* offsets = offsets_ + tile % T::kStages * T::kKvTile + first_row;
-    const uint32_t smem_k = smem + lane * 16 + first_row * kPlan.pitch_k;
-    const uint32_t smem_v = smem + lane * 16 + first_row * kPlan.pitch_v + kPlan.stage_k;
+    const uint32_t place = kSwizzles ? (lane ^ first_row) % 8 * 16 : lane * 16;
+    const uint32_t smem_k = smem + place + first_row * kRowK;
+    const uint32_t smem_v = smem + place + first_row * kRowV + kPlan.stage_k;
     const char* k = static_cast<const char*>(p_.kv.k) + lane * 16;
     const char* v = static_cast<const char*>(p_.kv.v) + lane * 16;
 #pragma unroll
@@ -308,8 +341,8 @@ class KvLoader {
       if (T::kKvTile % kRowsPerPass != 0 && row + first_row >= T::kKvTile) continue;
       const RowOffsets at = offsets[row];  // its latency spaces the copies out; at once they stall
       const bool valid = at.k >= 0;
-      copy_row<kChunksK>(smem_k + row * kPlan.pitch_k, k + at.k, lane, valid);
-      copy_row<kChunksV>(smem_v + row * kPlan.pitch_v, v + at.v, lane, valid);
+      copy_row<kChunksK>(smem_k + row * kRowK, k + at.k, lane, valid);
+      copy_row<kChunksV>(smem_v + row * kRowV, v + at.v, lane, valid);
     }
   }
 
@@ -325,7 +358,7 @@ class KvLoader {
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; chunk += kLanesPerRow) {
       if (kChunks % kLanesPerRow == 0 || chunk + lane < kChunks) {
-        copy_chunk<S, Element>(smem + chunk * 16, source + chunk * 16, valid);
+        copy_chunk<S, Element>(smem + chunk / kLanesPerRow * kNextChunk, source + chunk * 16, valid);
       }
     }
   }

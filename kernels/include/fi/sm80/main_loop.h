@@ -11,6 +11,7 @@
 #include "fi/attention/variant.h"
 #include "fi/core/elements.h"
 #include "fi/ptx/mma.h"
+#include "fi/ptx/wgmma.h"
 #include "fi/sm80/load.h"
 
 namespace fi::sm80 {
@@ -77,15 +78,21 @@ class WarpLoop {
   __device__ void tile(uint32_t smem_q, uint32_t smem_kv, int kv_begin, int kv_end,
                        WarpState<S, T>& state) const {
     const MaskKind kind = mask_kind(kv_begin, kv_end);
-    if (is_idle() || kind == MaskKind::kEmpty) return;
+    if (kind == MaskKind::kEmpty || (!kByWarpgroups<S, T> && is_idle())) return;
     const int first = first_col();
     constexpr int kSteps = T::kWarpCols / kStepCols<S, V, T>;
     static_assert(kSteps * kStepCols<S, V, T> == T::kWarpCols);
 #pragma unroll 1
     for (int i = 0; i < kSteps; ++i) {
       const int c = first + i * kStepCols<S, V, T>;
-      step(smem_q, smem_kv + c * kPlan.pitch_k, smem_kv + kPlan.stage_k + c * kPlan.pitch_v,
-           kv_begin + c, kv_end, kind, state);
+      if constexpr (kByWarpgroups<S, T>) {
+        step_of_warpgroup(smem_q, smem_kv + c * ptx::kSwizzledRow,
+                          smem_kv + kPlan.stage_k + c * ptx::kSwizzledRow, kv_begin + c, kv_end,
+                          kind, state);
+      } else {
+        step(smem_q, smem_kv + c * kPlan.pitch_k, smem_kv + kPlan.stage_k + c * kPlan.pitch_v,
+             kv_begin + c, kv_end, kind, state);
+      }
     }
   }
 
@@ -94,12 +101,81 @@ class WarpLoop {
                        MaskKind kind, WarpState<S, T>& state) const {
     Logits s;
     qk_gemm(smem_q, smem_k, s);
-    if constexpr (V::kHasLogits || V::kHasMasks || !V::kSoftmax) {
-      apply_variant(kv_begin, kv_end, kind, s);
-    }
-    if (crosses_band(kv_begin, kv_end)) apply_band(kv_begin, kv_end, s);
-    if constexpr (V::kSoftmax) online_softmax(s, state);
+#pragma unroll
+    for (int b = 0; b < T::kRowBlocks; ++b) softmax_block(kv_begin, kv_end, kind, b, s[b], state);
     pv_gemm(smem_v, s, state);
+  }
+
+  // The same by warpgroups: while a block of rows is in its softmax, the next one's logits and the
+  // last one's output are on their way.
+  __device__ void step_of_warpgroup(uint32_t smem_q, uint32_t smem_k, uint32_t smem_v, int kv_begin,
+                                    int kv_end, MaskKind kind, WarpState<S, T>& state) const {
+    Logits s;
+    ptx::begin_products();
+#pragma unroll
+    for (int b = 0; b < T::kRowBlocks; ++b) start_qk(smem_q, smem_k, b, s[b]);
+#pragma unroll
+    for (int b = 0; b < T::kRowBlocks; ++b) {
+      ptx::wait_products<T::kRowBlocks - 1>();
+      ptx::settle(s[b]);
+      softmax_block(kv_begin, kv_end, kind, b, s[b], state);
+      start_pv(smem_v, s[b], state.o[b]);
+    }
+    ptx::wait_products<0>();
+#pragma unroll
+    for (int b = 0; b < T::kRowBlocks; ++b) ptx::settle(state.o[b]);
+  }
+
+  __device__ void softmax_block(int kv_begin, int kv_end, MaskKind kind, int b,
+                                float (&s)[kColBlocks][4], WarpState<S, T>& state) const {
+    if constexpr (V::kHasLogits || V::kHasMasks || !V::kSoftmax) {
+      apply_variant(kv_begin, kv_end, kind, b, s);
+    }
+    if (crosses_band(kv_begin, kv_end)) apply_band(kv_begin, kv_end, b, s);
+    if constexpr (V::kSoftmax) online_softmax(b, s, state);
+  }
+
+  __device__ void start_qk(uint32_t smem_q, uint32_t smem_k, int b,
+                           float (&s)[kColBlocks][4]) const {
+    constexpr uint32_t kPartQ = T::kRows * ptx::kSwizzledRow, kPartK = T::kKvTile * ptx::kSwizzledRow;
+    const uint32_t group = T::kWarps > 4 ? __shfl_sync(0xffffffff, ptx::thread_index() / 128, 0) : 0;
+    const uint32_t rows = smem_q + (group + b) * 64 * ptx::kSwizzledRow;
+    const uint64_t q_at = ptx::swizzled_operand(rows, kPartQ);
+    const uint64_t k_at = ptx::swizzled_operand(smem_k, kPartK);
+    ptx::start_product_of_rows<Element, false>(s, q_at, k_at);
+#pragma unroll
+    for (int k = 1; k < kStepsQk; ++k) {
+      ptx::start_product_of_rows<Element, true>(
+          s, ptx::operand_after(q_at, k / 4 * kPartQ + k % 4 * 32),
+          ptx::operand_after(k_at, k / 4 * kPartK + k % 4 * 32));
+    }
+    ptx::commit_products();
+  }
+
+  __device__ void start_pv(uint32_t smem_v, const float (&s)[kColBlocks][4],
+                           float (&o)[S::kHeadDimVo / 8][4]) const {
+    constexpr uint32_t kPart = T::kKvTile * ptx::kSwizzledRow;
+    uint32_t a[kColBlocks / 2][4];
+#pragma unroll
+    for (int k = 0; k < kColBlocks / 2; ++k) {
+      a[k][0] = Ops::pack(s[2 * k][0], s[2 * k][1]);
+      a[k][1] = Ops::pack(s[2 * k][2], s[2 * k][3]);
+      a[k][2] = Ops::pack(s[2 * k + 1][0], s[2 * k + 1][1]);
+      a[k][3] = Ops::pack(s[2 * k + 1][2], s[2 * k + 1][3]);
+    }
+    ptx::settle(o);
+    ptx::begin_products();
+    const uint64_t v_at = ptx::swizzled_operand(smem_v, kPart);
+#pragma unroll
+    for (int k = 0; k < kColBlocks / 2; ++k) {
+      const uint64_t rows = ptx::operand_after(v_at, k * 16 * ptx::kSwizzledRow);
+      ptx::start_product_across_rows<Element, 0, min_i32(S::kHeadDimVo / 8, 16)>(o, a[k], rows);
+      if constexpr (S::kHeadDimVo == 256) {
+        ptx::start_product_across_rows<Element, 16, 16>(o, a[k],
+                                                        ptx::operand_after(rows, 2 * kPart));
+      }
+    }
+    ptx::commit_products();
   }
 
   __device__ void qk_gemm(uint32_t smem_q, uint32_t smem_k, Logits& s) const {
@@ -167,28 +243,26 @@ class WarpLoop {
   // Natural-unit logits through the variant's functions; what its masks hide gets the masked value.
   // Columns past kv_end stand for the last one: their logits are masked later, but a function may
   // read a tensor at its KV position.
-  __device__ void apply_variant(int kv_begin, int kv_end, MaskKind kind, Logits& s) const {
-    const int lane = WarpLoop::lane(), first = first_row();
+  __device__ void apply_variant(int kv_begin, int kv_end, MaskKind kind, int b,
+                                float (&s)[kColBlocks][4]) const {
+    const int lane = WarpLoop::lane(), first = first_row() + b * 16;
 #pragma unroll
-    for (int b = 0; b < T::kRowBlocks; ++b) {
+    for (int half = 0; half < 2; ++half) {
+      const VariantRow& row = rows_[first + half * 8 + lane / 4];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const VariantRow& row = rows_[first + b * 16 + half * 8 + lane / 4];
+      for (int n = 0; n < kColBlocks; ++n) {
 #pragma unroll
-        for (int n = 0; n < kColBlocks; ++n) {
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            float& x = s[b][n][half * 2 + c];
-            const int column = min_i32(kv_begin + n * 8 + lane % 4 * 2 + c, kv_end - 1);
-            const float logit = apply_all(typename V::Logits{}, p_, row, current_.item.kv_head,
-                                          column, x * current_.scale);
-            if constexpr (!V::kFoldsScale) x = logit;
-            if constexpr (V::kHasMasks) {
-              const bool seen =
-                  kind == MaskKind::kFull ||
-                  all_visible(typename V::Masks{}, p_, row, current_.item.kv_head, column, logit);
-              x = seen ? x : masked_value();
-            }
+        for (int c = 0; c < 2; ++c) {
+          float& x = s[n][half * 2 + c];
+          const int column = min_i32(kv_begin + n * 8 + lane % 4 * 2 + c, kv_end - 1);
+          const float logit = apply_all(typename V::Logits{}, p_, row, current_.item.kv_head,
+                                        column, x * current_.scale);
+          if constexpr (!V::kFoldsScale) x = logit;
+          if constexpr (V::kHasMasks) {
+            const bool seen =
+                kind == MaskKind::kFull ||
+                all_visible(typename V::Masks{}, p_, row, current_.item.kv_head, column, logit);
+            x = seen ? x : masked_value();
           }
         }
       }
@@ -206,29 +280,26 @@ class WarpLoop {
     return band.left >= 0 && kv_begin < current_.box.q_pos_max - band.left;
   }
 
-  __device__ void apply_band(int kv_begin, int kv_end, Logits& s) const {
+  __device__ void apply_band(int kv_begin, int kv_end, int b, float (&s)[kColBlocks][4]) const {
     const Band& band = p_.band;
-    const int lane = WarpLoop::lane(), first = first_row();
+    const int lane = WarpLoop::lane(), first = first_row() + b * 16;
 #pragma unroll
-    for (int b = 0; b < T::kRowBlocks; ++b) {
+    for (int half = 0; half < 2; ++half) {
+      // A row's band in bits, 32 columns a word: an element costs a test of its bit, no branch.
+      const int q_pos = rows_[first + half * 8 + lane / 4].q_pos;
+      const int column = kv_begin + lane % 4 * 2;
+      const int end = band.right >= 0 ? min_i32(kv_end, q_pos + band.right + 1) : kv_end;
+      const int begin = band.left >= 0 ? q_pos - band.left : 0;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        // A row's band in bits, 32 columns a word: an element costs a test of its bit, no branch.
-        const int q_pos = rows_[first + b * 16 + half * 8 + lane / 4].q_pos;
-        const int column = kv_begin + lane % 4 * 2;
-        const int end = band.right >= 0 ? min_i32(kv_end, q_pos + band.right + 1) : kv_end;
-        const int begin = band.left >= 0 ? q_pos - band.left : 0;
+      for (int word = 0; word < kColBlocks; word += 4) {
+        const int at = column + word * 8;
+        const uint32_t in_window = bits_from(begin - at) | ~bits_from(band.sink_prefix - at);
+        const uint32_t seen = in_window & ~bits_from(end - at);
 #pragma unroll
-        for (int word = 0; word < kColBlocks; word += 4) {
-          const int at = column + word * 8;
-          const uint32_t in_window = bits_from(begin - at) | ~bits_from(band.sink_prefix - at);
-          const uint32_t seen = in_window & ~bits_from(end - at);
-#pragma unroll
-          for (int bit = 0; bit < min_i32(kColBlocks - word, 4) * 8; ++bit) {
-            if (bit % 8 > 1) continue;
-            float& x = s[b][word + bit / 8][half * 2 + bit % 8];
-            x = seen >> bit & 1 ? x : masked_value();
-          }
+        for (int bit = 0; bit < min_i32(kColBlocks - word, 4) * 8; ++bit) {
+          if (bit % 8 > 1) continue;
+          float& x = s[word + bit / 8][half * 2 + bit % 8];
+          x = seen >> bit & 1 ? x : masked_value();
         }
       }
     }
@@ -238,43 +309,37 @@ class WarpLoop {
   // maximum grew by more than kSlack: p then stays below 2^kSlack, which fp32 sums and both 16-bit
   // types hold as exactly as values below 1, and most tiles are spared a pass over o (the idea of
   // FlashAttention-4).
-  __device__ void online_softmax(Logits& s, WarpState<S, T>& state) const {
+  __device__ void online_softmax(int b, float (&s)[kColBlocks][4], WarpState<S, T>& state) const {
     const float scale_log2 = (V::kFoldsScale ? current_.scale : 1.0f) * kLog2E;
-    float top[T::kRowBlocks][2];
+    float top[2];
     bool grows = false;
 #pragma unroll
-    for (int b = 0; b < T::kRowBlocks; ++b) {
+    for (int half = 0; half < 2; ++half) {
+      float x = neg_infinity();
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float x = neg_infinity();
-#pragma unroll
-        for (int n = 0; n < kColBlocks; ++n) {
-          x = fmaxf(x, fmaxf(s[b][n][half * 2], s[b][n][half * 2 + 1]));
-        }
-        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
-        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
-        top[b][half] = x * scale_log2;
-        grows |= kAlways || top[b][half] > state.row_max[b][half] + kSlack;
+      for (int n = 0; n < kColBlocks; ++n) {
+        x = fmaxf(x, fmaxf(s[n][half * 2], s[n][half * 2 + 1]));
       }
+      x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+      x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+      top[half] = x * scale_log2;
+      grows |= kAlways || top[half] > state.row_max[b][half] + kSlack;
     }
-    if (kAlways || __any_sync(0xffffffff, grows)) rescale(top, state);
+    if (kAlways || __any_sync(0xffffffff, grows)) rescale(top, b, state);
 #pragma unroll
-    for (int b = 0; b < T::kRowBlocks; ++b) {
+    for (int half = 0; half < 2; ++half) {
+      const float base = finite_or_zero(state.row_max[b][half]);
+      float sum = state.row_sum[b][half];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float base = finite_or_zero(state.row_max[b][half]);
-        float sum = state.row_sum[b][half];
+      for (int n = 0; n < kColBlocks; ++n) {
 #pragma unroll
-        for (int n = 0; n < kColBlocks; ++n) {
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            float& x = s[b][n][half * 2 + c];
-            x = exp2_approx(fmaf(x, scale_log2, -base));
-            sum += x;
-          }
+        for (int c = 0; c < 2; ++c) {
+          float& x = s[n][half * 2 + c];
+          x = exp2_approx(fmaf(x, scale_log2, -base));
+          sum += x;
         }
-        state.row_sum[b][half] = sum;
       }
+      state.row_sum[b][half] = sum;
     }
   }
 
@@ -283,23 +348,20 @@ class WarpLoop {
     return row_max == neg_infinity() ? 0.0f : row_max;
   }
 
-  __device__ void rescale(const float (&top)[T::kRowBlocks][2], WarpState<S, T>& state) const {
+  __device__ void rescale(const float (&top)[2], int b, WarpState<S, T>& state) const {
 #pragma unroll
-    for (int b = 0; b < T::kRowBlocks; ++b) {
+    for (int half = 0; half < 2; ++half) {
+      const float old_max = state.row_max[b][half];
+      // A row's bits do not depend on whether its neighbours grew.
+      const bool grows = kAlways || top[half] > old_max + kSlack;
+      const float new_max = grows ? fmaxf(old_max, top[half]) : old_max;
+      const float shrink = exp2_approx(old_max - finite_or_zero(new_max));
+      state.row_max[b][half] = new_max;
+      state.row_sum[b][half] *= shrink;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float old_max = state.row_max[b][half];
-        // A row's bits do not depend on whether its neighbours grew.
-        const bool grows = kAlways || top[b][half] > old_max + kSlack;
-        const float new_max = grows ? fmaxf(old_max, top[b][half]) : old_max;
-        const float shrink = exp2_approx(old_max - finite_or_zero(new_max));
-        state.row_max[b][half] = new_max;
-        state.row_sum[b][half] *= shrink;
-#pragma unroll
-        for (int n = 0; n < S::kHeadDimVo / 8; ++n) {
-          state.o[b][n][half * 2] *= shrink;
-          state.o[b][n][half * 2 + 1] *= shrink;
-        }
+      for (int n = 0; n < S::kHeadDimVo / 8; ++n) {
+        state.o[b][n][half * 2] *= shrink;
+        state.o[b][n][half * 2 + 1] *= shrink;
       }
     }
   }
