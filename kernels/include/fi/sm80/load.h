@@ -121,6 +121,7 @@ __device__ inline void extend_box(const VariantRow& row, VariantBox& box) {
 template <class S, class T>
 __device__ inline void load_rows(const KernelParams& p, CurrentItem& current, VariantRow* rows) {
   const WorkItem& item = current.item;
+#pragma unroll 1
   for (int x = static_cast<int>(ptx::thread_index()); x < T::kRows; x += T::kThreads) {
     const int row = item.row_begin + (x < item.num_rows ? x : 0);
     const int local = row / S::kGroupSize;
@@ -229,19 +230,20 @@ __device__ inline void load_q(const KernelParams& p, int num_rows, const Variant
 template <int kKvTile>
 struct KvTiles {
   const WorkItem& item;
+  int32_t before_hole;
 
-  __device__ int32_t tiles_before_hole() const {
-    return ceil_div(item.hole_begin - item.kv_begin, kKvTile);
-  }
+  __device__ explicit KvTiles(const WorkItem& of)
+      : item(of), before_hole(ceil_div(of.hole_begin - of.kv_begin, kKvTile)) {}
+
   __device__ int32_t count() const {
-    return tiles_before_hole() + ceil_div(item.kv_end - item.hole_end, kKvTile);
+    return before_hole + ceil_div(item.kv_end - item.hole_end, kKvTile);
   }
   __device__ int32_t begin(int32_t tile) const {
-    if (tile < tiles_before_hole()) return item.kv_begin + tile * kKvTile;
-    return item.hole_end + (tile - tiles_before_hole()) * kKvTile;
+    if (tile < before_hole) return item.kv_begin + tile * kKvTile;
+    return item.hole_end + (tile - before_hole) * kKvTile;
   }
   __device__ int32_t end(int32_t tile) const {
-    return tile < tiles_before_hole() ? item.hole_begin : item.kv_end;
+    return tile < before_hole ? item.hole_begin : item.kv_end;
   }
 };
 
@@ -281,7 +283,7 @@ class KvLoader {
       : p_(p),
         current_(current),
         offsets_(reinterpret_cast<RowOffsets*>(smem + kPlan.offsets)),
-        tiles_{current.item},
+        tiles_(current.item),
         num_tiles_(tiles_.count()) {}
 
   __device__ int num_tiles() const { return num_tiles_; }
