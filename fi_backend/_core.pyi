@@ -151,6 +151,17 @@ class Scale:
     per_head: bool
     def __init__(self, data: int = 0, per_head: bool = False) -> None: ...
 
+class Rotation:
+    def __init__(
+        self,
+        cos_sin: int,
+        stride: int,
+        rotary_dim: int,
+        interleaved: bool,
+        window: int,
+        sink_prefix: int,
+    ) -> None: ...
+
 class AttentionParams:
     q: int
     q_stride_token: int
@@ -170,6 +181,7 @@ class AttentionParams:
     k_scale: Scale
     v_scale: Scale
     partial: bool
+    rotation: Rotation
     plan: int
     layout: PlanLayout
     partial_o: int

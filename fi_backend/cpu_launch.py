@@ -8,6 +8,7 @@ import torch
 
 from fi_backend import _core
 from fi_backend.checks import check_page_ids
+from fi_backend.errors import require
 from fi_backend.formats import DTYPE_CODES
 from fi_backend.launch import (
     Call,
@@ -23,6 +24,7 @@ from fi_backend.variants.stages import bind_stages
 
 if TYPE_CHECKING:
     from fi_backend.plan_slot import PlanSlot
+    from fi_backend.variants import Rotation
 
 
 class CpuLaunch(SlotLaunch):
@@ -34,6 +36,7 @@ class CpuLaunch(SlotLaunch):
         self._shapes: tuple[object, ...] = ()
         self._checked = self._num_plans = 0  # plan whose page ids were checked, current plan
         self._num_pages = self._num_tokens = self._num_requests = 0
+        self._max_q_len = self._max_kv_len = 0
         params = self._params = _core.AttentionParams()
         params.plan = slot.plan.data_ptr()
         params.layout = slot.layout
@@ -68,9 +71,15 @@ class CpuLaunch(SlotLaunch):
     def _set_step(self, slot: PlanSlot) -> None:
         """Take the page table of a step."""
         batch = planned_batch(slot)
+        rotation = None if self.layer_class.variant is None else self.layer_class.variant.rotation
+        rolls = rotation is not None and rotation.window > 0
+        rule, hint = "none where slots roll with a window", "plan this class without nodes"
+        require(not (rolls and batch.nodes is not None), "batch.nodes", rule, "nodes", hint)
         self._params.table = table_view(batch)
         self._num_requests = batch.num_requests
         self._num_tokens = int(batch.qo_indptr[-1])
+        self._max_q_len = int(batch.qo_indptr.diff().max()) if batch.num_requests else 0
+        self._max_kv_len = int(batch.kv_len.max()) if batch.num_requests else 0
         self._num_plans = slot.num_plans
         self._shapes = ()
 
@@ -107,3 +116,17 @@ class CpuLaunch(SlotLaunch):
         }
         bound = bind_stages(variant, params, sizes)
         self._params.set_variant(bound.stages, bound.softmax, bound.sinks_addr)
+        if variant.rotation is not None and bound.angles is not None:
+            self._bind_rotation(variant.rotation, bound.angles)
+
+    def _bind_rotation(self, rotation: Rotation, angles: torch.Tensor) -> None:
+        head_dim = self.layer_class.heads.head_dim_qk
+        rotation.check_table(angles, head_dim, self._max_q_len, self._max_kv_len)
+        self._params.rotation = _core.Rotation(
+            angles.data_ptr(),
+            angles.stride(0),
+            angles.shape[1],
+            rotation.interleaved,
+            rotation.window,
+            rotation.sink_prefix,
+        )

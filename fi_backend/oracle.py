@@ -93,8 +93,7 @@ def _solve_request(
     pages, slots = locate(problem.batch, request, kv_pos)
     head = torch.arange(num_heads) // (num_heads // num_kv_heads)  # KV head of each query head
     k, v = (t[pages, slots].to(dtype)[:, head] for t in (problem.kv.k, problem.kv.v))
-    q = problem.q[rows].to(dtype).roll(rotate, -1)
-    logits = torch.einsum("qhd,khd->hqk", q, k.roll(rotate, -1)).to(wide)
+    logits = _products(problem, problem.q[rows], k, (q_pos, kv_pos), arithmetic)
     logits *= problem.q.shape[-1] ** -0.5 if problem.scale is None else problem.scale
     for factor in (problem.q_scale, problem.k_scale):
         logits *= _per_head(factor, head, wide)[:, None, None]
@@ -121,6 +120,33 @@ def _solve_request(
     if not problem.partial:
         o, lse = _finish(problem, context, o, lse)
     return o.transpose(0, 1), lse.T
+
+
+def _products(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    positions: tuple[Tensor, Tensor],
+    arithmetic: tuple[torch.dtype, int],
+) -> Tensor:
+    """q . k [heads, q, k] of one request, both turned by their slots where the variant asks."""
+    dtype, rotate = arithmetic
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    rotation = None if problem.variant is None else problem.variant.rotation
+
+    def product(q: Tensor, k: Tensor) -> Tensor:
+        q, k = (t.to(dtype).roll(rotate, -1) for t in (q, k))
+        return torch.einsum("qhd,khd->hqk", q, k).to(wide)
+
+    if rotation is None:
+        return product(q, k)
+    return rotation.products(
+        (q.to(wide), k.to(wide)),
+        positions,
+        problem.params,
+        product,
+        at_once=1 if dtype == torch.float64 else max(len(q), 1),
+    )
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from fi_backend.jit.attention_kernels import MAX_VARIANT_PARAMS
 
 if TYPE_CHECKING:
     from fi_backend.layers import LayerClass
+    from fi_backend.variants import Variant
 
 DEVICES = ("cpu", "cuda")
 # Tensor cores take no fp32 inputs.
@@ -35,6 +36,7 @@ FEATURES = frozenset(
         "batch_invariant",
         "lse",
         "partial_states",
+        "rotation",
         "shared_prefix",
         "sinks",
         "sliding_window",
@@ -96,7 +98,7 @@ class AttentionConfig:
             kv_dtype=layer_class.kv_dtype,
             band=layer_class.band,
             device=str(torch.device(device)),
-            features=frozenset() if variant is None else frozenset({"variant"}),
+            features=_features_of(variant),
             num_variant_params=sum(len(function.params) for function in functions),
         )
 
@@ -112,6 +114,12 @@ def why_not(config: AttentionConfig) -> list[str]:
         *_dtype_reasons(config),
         *_feature_reasons(config),
     ]
+
+
+def _features_of(variant: Variant | None) -> frozenset[str]:
+    if variant is None:
+        return frozenset()
+    return frozenset({"variant"} if variant.rotation is None else {"variant", "rotation"})
 
 
 def _names(values: tuple[torch.dtype, ...]) -> str:
@@ -178,6 +186,9 @@ def _feature_reasons(config: AttentionConfig) -> Iterator[str]:
             feature,
             "keep the engine's own backend for these layers",
         )
+    if config.device_type == "cuda" and "rotation" in config.features:
+        hint = "turn K when it is appended (append_kv with rope), or use the CPU engine"
+        yield contract_message("variant", "no rotation on a GPU", "one", hint)
     count = config.num_variant_params
     if config.device_type == "cuda" and count > MAX_VARIANT_PARAMS:
         rule = f"at most {MAX_VARIANT_PARAMS} parameters, summed over the functions of the variant"

@@ -14,10 +14,12 @@ from fi_backend.variants.shipped import (
     alibi,
     causal,
     custom_mask,
+    rope,
     sigmoid_attention,
     sinks,
     sliding_window,
     soft_cap,
+    streaming_rope,
     tree_mask,
 )
 
@@ -42,6 +44,25 @@ def _alibi(case: Case, g: Generator) -> Made:
 
 def _with_sinks(case: Case, g: Generator) -> Made:
     return sinks(), {"sinks": _sinks(case, g)}
+
+
+def _angles(slots: int, rotary_dim: int) -> Tensor:
+    frequencies = 10000.0 ** (-torch.arange(0, rotary_dim, 2) / rotary_dim)
+    angles = torch.arange(slots)[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1).float()
+
+
+def _rope(case: Case, rotary_dim: int = 0, *, interleaved: bool = False) -> Made:
+    slots = max((kv_len for _, kv_len in case.lengths), default=0) or 1
+    table = _angles(slots, rotary_dim or case.heads.head_dim_qk)
+    return rope(interleaved=interleaved), {"cos_sin": table}
+
+
+def _streaming(case: Case, num_tokens: int, sink_prefix: int) -> Made:
+    """With no more slots than a text of any length needs."""
+    slots = num_tokens + sink_prefix + max((q_len for q_len, _ in case.lengths), default=0)
+    table = _angles(slots, case.heads.head_dim_qk)
+    return streaming_rope(num_tokens, sink_prefix), {"cos_sin": table}
 
 
 def _tree(case: Case, g: Generator) -> Made:
@@ -86,4 +107,9 @@ VARIANTS: dict[str, Callable[[Case, Generator], Made]] = {
     "sigmoid": _sigmoid,
     "gemma": _gemma,
     "window": lambda *_: (causal().then(sliding_window(33)), {}),
+    "rope": lambda case, _: _rope(case),
+    "rope-some": lambda case, _: _rope(case, 24, interleaved=True),
+    "streaming": lambda case, _: _streaming(case, 40, 4),
+    "streaming-no-sinks": lambda case, _: _streaming(case, 16, 0),
+    "streaming-many-sinks": lambda case, _: _streaming(case, 20, 70),
 }

@@ -42,12 +42,14 @@ class BoundParams:
             ``Variant.all_functions``.
         names: the parameters' public names, in the same places.
         sinks_addr: float32 [num_qo_heads], 0: none.
+        angles: float32 [slots, rotary_dim] of the variant's rotation; None: none.
         tensors: what the addresses point into; keep it alive until the kernel has run.
     """
 
     functions: tuple[tuple[ParamTuple, ...], ...]
     names: tuple[tuple[str, ...], ...]
     sinks_addr: int
+    angles: torch.Tensor | None
     tensors: tuple[torch.Tensor, ...]
 
 
@@ -91,6 +93,7 @@ def bind_params(
         tuple(tuple(_param_tuple(values[p.name]) for p in f.params) for f in functions),
         tuple(tuple(p.name for p in f.params) for f in functions),
         sinks_addr,
+        None if variant.rotation is None else tensors[variant.rotation.cos_sin],
         tuple(tensors.values()),
     )
 

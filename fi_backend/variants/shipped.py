@@ -14,16 +14,19 @@ import torch
 from fi_backend.errors import require
 from fi_backend.variants.math import maximum, sigmoid, tanh
 from fi_backend.variants.params import Scalar, Tensor
+from fi_backend.variants.rotation import Rotation
 from fi_backend.variants.variant import Variant
 
 __all__ = [
     "alibi",
     "causal",
     "custom_mask",
+    "rope",
     "sigmoid_attention",
     "sinks",
     "sliding_window",
     "soft_cap",
+    "streaming_rope",
     "tree_mask",
 ]
 
@@ -146,6 +149,41 @@ def sigmoid_attention(bias: float = 0.0) -> Variant:
     """
     params = (Scalar("bias", float, bias),)
     return Variant("sigmoid", logits=_sigmoid_weight, softmax=False, params=params)
+
+
+def rope(*, interleaved: bool = False) -> Variant:
+    """Return attention that turns q and K by their positions: the cache holds K without RoPE.
+
+    Args:
+        interleaved: pairs are neighbours as in GPT-J; else halves as in GPT-NeoX and Llama.
+
+    Parameters: ``cos_sin``: float32 [positions, rotary_dim], cosines, then sines.
+    """
+    params = (Tensor("cos_sin", ndim=2),)
+    return Variant("rope", rotation=Rotation(interleaved=interleaved), params=params)
+
+
+def streaming_rope(num_tokens: int, sink_prefix: int = 4, *, interleaved: bool = False) -> Variant:
+    """Return attention over leading tokens and a window, positions rolling (StreamingLLM).
+
+    q and K turn by slots in what is still seen, so that a text may be longer than any position a
+    model was trained on. Add ``causal()`` or a causal band.
+
+    Args:
+        num_tokens: of the window, as in ``sliding_window``.
+        sink_prefix: leading positions that stay visible.
+        interleaved: as in ``rope``.
+
+    Parameters: ``cos_sin``: float32 [slots, rotary_dim], cosines, then sines; slots:
+    ``sink_prefix + num_tokens`` and the query tokens of the longest request.
+
+    Raises:
+        InvalidInput: an empty window or a negative prefix.
+    """
+    window = sliding_window(num_tokens, sink_prefix)
+    rotation = Rotation(interleaved=interleaved, window=num_tokens, sink_prefix=sink_prefix)
+    params = (*window.params, Tensor("cos_sin", ndim=2))
+    return Variant("streaming_rope", mask=_window_mask, rotation=rotation, params=params)
 
 
 def all_shipped() -> list[Variant]:

@@ -54,12 +54,14 @@ class BoundVariant:
         stages: arguments of ``_core.AttentionParams.set_variant``.
         softmax: whether weights are normalised.
         sinks_addr: float32 [num_qo_heads], 0: none.
+        angles: as in ``BoundParams``.
         tensors: what the addresses point into; keep it alive until the call returns.
     """
 
     stages: list[StageTuple]
     softmax: bool
     sinks_addr: int
+    angles: torch.Tensor | None
     tensors: tuple[torch.Tensor, ...]
 
 
@@ -102,7 +104,7 @@ def bind_stages(
         (f.logits_addr, f.mask_addr, f.mask_kind_addr, f.output_addr, list(values))
         for f, values in zip(compile_stages(variant), bound.functions, strict=True)
     ]
-    return BoundVariant(stages, variant.softmax, bound.sinks_addr, bound.tensors)
+    return BoundVariant(stages, variant.softmax, bound.sinks_addr, bound.angles, bound.tensors)
 
 
 def _stage(function: Function) -> StageFunctions:

@@ -14,6 +14,7 @@ from fi_backend.errors import InvalidInput, contract_message, require
 from fi_backend.variants.evaluate import Context, Params, evaluate
 from fi_backend.variants.frontend import Function, translate
 from fi_backend.variants.params import Param, Scalar, Tensor, same_declaration
+from fi_backend.variants.rotation import Rotation
 
 KINDS = ("logits", "mask", "output")
 
@@ -41,11 +42,13 @@ class Variant:
         softmax: False: the transformed logits themselves are the weights, 0 where masked.
         sinks: name of a float32 tensor parameter [num_qo_heads]: a logit per query head that takes
             part in the softmax and has no value.
+        rotation: how q and K turn before their product; None: they are as they should be.
         params: declared parameters.
         parts: the links of a chain made by ``then``; empty otherwise.
 
     Raises:
-        InvalidInput: parameters that clash, sinks that are not declared or without softmax.
+        InvalidInput: parameters that clash, sinks or angles that are not declared, sinks without
+            softmax.
         UnsupportedVariant: a function uses something outside the above.
     """
 
@@ -55,6 +58,7 @@ class Variant:
     output: Callable[..., Any] | None = None
     softmax: bool = True
     sinks: str | None = None
+    rotation: Rotation | None = None
     params: tuple[Param, ...] = ()
     parts: tuple[Variant, ...] = ()
 
@@ -75,6 +79,15 @@ class Variant:
             require(valid, f"{self.name}.sinks", rule, repr(self.sinks), hint)
             hint = "sinks are logits of a softmax; drop them or keep softmax=True"
             require(self.softmax, f"{self.name}.sinks", "None without softmax", self.sinks, hint)
+        if self.rotation is not None:
+            name = self.rotation.cos_sin
+            declared = seen.get(name)
+            valid = isinstance(declared, Tensor) and (
+                (declared.dtype, declared.ndim) == (torch.float32, 2)
+            )
+            rule = "the name of a declared Tensor parameter, float32, two dimensions"
+            hint = f"add Tensor({name!r}, ndim=2) to params"
+            require(valid, f"{self.name}.rotation.cos_sin", rule, repr(name), hint)
         _ = self._functions  # errors belong where the variant is written
 
     @cached_property
@@ -109,7 +122,7 @@ class Variant:
 
         Raises:
             InvalidInput: parameters of one name that differ; softmax turned off by both; sinks in
-                both, or in one while the other turns softmax off.
+                both, or in one while the other turns softmax off; a rotation in both.
         """
         merged = {p.name: p for p in self.params}
         for param in other.params:
@@ -127,10 +140,14 @@ class Variant:
         hint = "one set of sinks joins the softmax"
         sinks = [v.sinks for v in (self, other) if v.sinks is not None]
         require(len(sinks) < 2, name, "sinks in one variant at most", sinks, hint)
+        rotations = [v.rotation for v in (self, other) if v.rotation is not None]
+        hint = "q and K turn once"
+        require(len(rotations) < 2, name, "a rotation in one variant at most", rotations, hint)
         return Variant(
             name,
             softmax=self.softmax and other.softmax,
             sinks=sinks[0] if sinks else None,
+            rotation=rotations[0] if rotations else None,
             params=tuple(merged.values()),
             parts=(*(self.parts or (self,)), *(other.parts or (other,))),
         )
@@ -149,10 +166,17 @@ class Variant:
             hint = f"parameters: {', '.join(sorted(known)) or 'none'}"
             require(old in known, "names", "names of parameters", repr(old), hint)
 
+        def rename_table(rotation: Rotation | None) -> Rotation | None:
+            if rotation is None:
+                return None
+            table = rotation.cos_sin
+            return dataclasses.replace(rotation, cos_sin=names.get(table, table))
+
         def rename(variant: Variant) -> Variant:
             return dataclasses.replace(
                 variant,
                 sinks=names.get(variant.sinks, variant.sinks) if variant.sinks else None,
+                rotation=rename_table(variant.rotation),
                 params=tuple(
                     dataclasses.replace(p, name=names.get(p.name, p.name)) for p in variant.params
                 ),

@@ -133,6 +133,21 @@ void bind_views(py::module_& m) {
   def_pointer(scale, "data", &cpu::Scale::data);
 }
 
+void bind_rotation(py::module_& m) {
+  py::class_<Rotation>(m, "Rotation")
+      .def(py::init([](intptr_t cos_sin, int64_t stride, int32_t rotary_dim, bool interleaved,
+                       int32_t window, int32_t sink_prefix) {
+             return Rotation{reinterpret_cast<const float*>(cos_sin),
+                             stride,
+                             rotary_dim,
+                             interleaved,
+                             window,
+                             sink_prefix};
+           }),
+           py::arg("cos_sin"), py::arg("stride"), py::arg("rotary_dim"), py::arg("interleaved"),
+           py::arg("window"), py::arg("sink_prefix"));
+}
+
 void bind_attention_params(py::module_& m) {
   py::class_<OwnedAttentionParams> params(m, "AttentionParams");
   def_pointer(params, "q", &AttentionParams::q);
@@ -158,6 +173,7 @@ void bind_attention_params(py::module_& m) {
       .def_readwrite("k_scale", &AttentionParams::k_scale)
       .def_readwrite("v_scale", &AttentionParams::v_scale)
       .def_readwrite("partial", &AttentionParams::partial)
+      .def_readwrite("rotation", &AttentionParams::rotation)
       .def_readwrite("layout", &AttentionParams::layout)
       .def("set_classes", &OwnedAttentionParams::set_classes, py::arg("classes"))
       .def("set_variant", &OwnedAttentionParams::set_variant, py::arg("stages"), py::arg("softmax"),
@@ -220,6 +236,7 @@ void merge_states(const MergeParams& params, int num_threads) {
 
 void bind_cpu(py::module_& m) {
   bind_views(m);
+  bind_rotation(m);
   bind_attention_params(m);
   bind_merge_params(m);
   m.def("run_attention", &run_attention, py::arg("params"), py::arg("num_threads"));

@@ -6,6 +6,7 @@
 
 #include "cpu/kv_tiles.h"
 #include "cpu/output.h"
+#include "cpu/rotation.h"
 #include "cpu/thread_pool.h"
 
 namespace fi::cpu {
@@ -48,7 +49,11 @@ void attend(const Job& job, const WorkItem& item, Scratch* s) {
   load_q(job, item, s);
   reset_state(job, item, s);
   TileOperands t = item_operands(job, item, *s);
-  KvTiles tiles(job, item, bound_rows(s->rows, item.num_rows), s);
+  const VariantBox rows = bound_rows(s->rows, item.num_rows);
+  const bool turns = job.params.rotation.cos_sin != nullptr;
+  const Rotator rotator(job, rows);
+  if (turns) rotator.turn_q(item.num_rows, s);
+  KvTiles tiles(job, item, rows, s);
   KvTile next = tiles.next();
   while (next.size() > 0) {
     const KvTile tile = next;
@@ -57,7 +62,12 @@ void attend(const Job& job, const WorkItem& item, Scratch* s) {
     t.k = tile.k;
     t.v = tile.v;
     t.k_next = next.k;
-    job.isa.qk[dtype](t);
+    if (turns) {
+      rotator.turn_k(tile, s);
+      t.q = rotator.q_of(tile, *s);
+      t.k = s->k_turned_rows;
+    }
+    job.isa.qk[turns ? static_cast<int32_t>(DType::kFloat32) : dtype](t);
     apply_variant(job, item, tile, tiles.box(tile), s);
     if (job.params.variant.softmax) job.isa.softmax(t);
     job.isa.weigh_v[dtype](t);

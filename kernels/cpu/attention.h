@@ -38,6 +38,7 @@ struct AttentionParams {
   float scale;  // natural-unit logits = scale * q_scale * k_scale * (q . k)
   Scale q_scale, k_scale, v_scale;
   VariantChain variant;
+  Rotation rotation;
   bool partial;  // true: out and lse are the state before sinks and output transform
   const void* plan;
   PlanLayout layout;

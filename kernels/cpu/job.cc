@@ -47,6 +47,10 @@ size_t carve_scratch(const Job& job, char* memory, Scratch* s) {
   Carver carver(memory);
   s->rows = carver.take<VariantRow>(rows);
   s->q = carver.take<float>(rows * job.q_stride);
+  const bool turns = job.params.rotation.cos_sin != nullptr;
+  s->q_for_sinks = carver.take<float>(turns ? rows * job.q_stride : 0);
+  s->k_turned = carver.take<float>(turns ? kMaxTileCols * job.q_stride : 0);
+  s->k_turned_rows = carver.take<const void*>(turns ? kMaxTileCols : 0);
   s->logits = carver.take<float>(rows * kMaxTileCols);
   s->o = carver.take<float>(rows * job.o_stride);
   s->row_max = carver.take<float>(rows);

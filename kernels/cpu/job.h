@@ -27,6 +27,8 @@ struct Job {
 struct Scratch {
   VariantRow* rows;        // [R]
   float* q;                // [R][q_stride] fp32, scale folded in
+  float* q_for_sinks;      // the same for leading tokens, where slots roll (cpu/rotation.h)
+  float* k_turned;         // [kMaxTileCols][q_stride] fp32, where K turns
   float* logits;           // [R][kMaxTileCols]
   float* o;                // [R][o_stride]
   float* row_max;          // [R]
@@ -38,6 +40,7 @@ struct Scratch {
   char* zeros;             // one KV row of any dtype
   const void** k_rows[2];  // [kMaxTileCols] each: this tile's and the next one's
   const void** v_rows[2];  //
+  const void** k_turned_rows;
 };
 
 // Lays scratch out in `memory` and returns the bytes it takes; memory null: only counts.

@@ -45,6 +45,9 @@ KvTile KvTiles::next() {
     tile.begin = position_;
     tile.end = std::min(end, position_ - position_ % cols_ + cols_);
     if (position_ < item_.hole_begin) tile.end = std::min(tile.end, item_.hole_begin);
+    // Leading tokens turn by slots of their own: a tile has them or others.
+    const Rotation& rotation = job_.params.rotation;
+    if (position_ < rotation.sink_prefix) tile.end = std::min(tile.end, rotation.sink_prefix);
     position_ = tile.end;
     if (is_empty(tile)) continue;
     tile.in_band = covers_band(tile);

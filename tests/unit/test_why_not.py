@@ -75,7 +75,7 @@ REFUSED = {
     ),
     "unknown feature": (
         {"features": frozenset({"mla", "sinks"})},
-        "features: expected some of alibi, batch_invariant, lse, partial_states, shared_prefix,"
+        "features: expected some of alibi, batch_invariant, lse, partial_states, rotation, shared_prefix,"
         " sinks, sliding_window, soft_cap, variant, got mla;"
         " keep the engine's own backend for these layers",
     ),

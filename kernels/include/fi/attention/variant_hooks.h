@@ -70,4 +70,15 @@ struct VariantChain {
   const float* sinks;  // [num_qo_heads] natural logits of the sinks; null: none
 };
 
+// RoPE inside attention (fi_backend/variants/rotation.py): angles of slots, q and K turned by them.
+// A slot is a position, or with a window (> 0) a place among sink_prefix leading tokens and those
+// of the window.
+struct Rotation {
+  const float* cos_sin;  // [slots][rotary_dim], cosines then sines; null: q and K as they are
+  int64_t stride;        // of a slot, elements
+  int32_t rotary_dim;
+  bool interleaved;  // pairs (2i, 2i + 1), else (i, i + rotary_dim / 2)
+  int32_t window, sink_prefix;
+};
+
 }  // namespace fi

@@ -1,5 +1,5 @@
-// Warpgroup-level matrix products: D (64 x N) += A (64 x 16) * B (16 x N), D in fp32 registers, A in
-// registers or shared memory, B in shared memory. sm_90a. PTX ISA 9.7.15.
+// Warpgroup-level matrix products: D (64 x N) += A (64 x 16) * B (16 x N), D in fp32 registers, A
+// in registers or shared memory, B in shared memory. sm_90a. PTX ISA 9.7.15.
 //
 // Each warp of the four holds 16 rows of A and of D, in the fragments of mma.m16n8k16 (mma.h). The
 // products run beside the warps that start them: until wait_products() their registers and shared
@@ -40,7 +40,9 @@ __device__ inline void publish_to_products() {
 }
 
 // Before products start: what the warpgroup wrote to their registers is there.
-__device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+__device__ inline void begin_products() {
+  asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+}
 
 // Ends a group of products.
 __device__ inline void commit_products() {
@@ -68,27 +70,29 @@ __device__ inline void settle(float (&d)[kBlocks][4]) {
 #define FI_D32(i) FI_D16(i), FI_D16(i + 4)
 #define FI_D64(i) FI_D32(i), FI_D32(i + 8)
 #define FI_R16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define FI_R32                                                                                   \
-  FI_R16                                                                                         \
+#define FI_R32 \
+  FI_R16       \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define FI_R64                                                                                   \
   FI_R32                                                                                         \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 // Both operands in shared memory, their rows along the sum.
-#define FI_PRODUCT_OF_ROWS(kind, registers, a_at, b_at, adds_at, ...)                        \
-  asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " adds_at ", 0;\n"                        \
-               "wgmma.mma_async.sync.aligned." kind " {" registers "}, " a_at ", " b_at          \
-               ", adds, 1, 1, 0, 0;\n}\n"                                                        \
-               : __VA_ARGS__                                                                         \
+#define FI_PRODUCT_OF_ROWS(kind, registers, a_at, b_at, adds_at, ...)                   \
+  asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " adds_at                        \
+               ", 0;\n"                                                                 \
+               "wgmma.mma_async.sync.aligned." kind " {" registers "}, " a_at ", " b_at \
+               ", adds, 1, 1, 0, 0;\n}\n"                                               \
+               : __VA_ARGS__                                                            \
                : "l"(a), "l"(b), "n"(static_cast<int>(kAdds)))
 // A in registers, the rows of B across the sum.
-#define FI_PRODUCT_ACROSS_ROWS(kind, registers, a_at, b_at, ...)                             \
-  asm volatile("{\n.reg .pred adds;\nsetp.eq.b32 adds, 0, 0;\n"                                  \
-               "wgmma.mma_async.sync.aligned." kind " {" registers "}, {" a_at "}, " b_at        \
-               ", adds, 1, 1, 1;\n}\n"                                                           \
-               : __VA_ARGS__                                                                         \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define FI_PRODUCT_ACROSS_ROWS(kind, registers, a_at, b_at, ...)                 \
+  asm volatile(                                                                  \
+      "{\n.reg .pred adds;\nsetp.eq.b32 adds, 0, 0;\n"                           \
+      "wgmma.mma_async.sync.aligned." kind " {" registers "}, {" a_at "}, " b_at \
+      ", adds, 1, 1, 1;\n}\n"                                                    \
+      : __VA_ARGS__                                                              \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 
 template <class Element>
 constexpr bool kIsBFloat16 = false;

@@ -22,8 +22,7 @@ constexpr bool kByWarpgroups =
 // Bytes from the start of a tile of kRows swizzled rows to a 16-byte chunk of one of them.
 template <int kRows>
 __device__ inline uint32_t swizzled_chunk(uint32_t row, uint32_t chunk) {
-  return chunk / 8 * (kRows * ptx::kSwizzledRow) + row * ptx::kSwizzledRow +
-         (chunk ^ row) % 8 * 16;
+  return chunk / 8 * (kRows * ptx::kSwizzledRow) + row * ptx::kSwizzledRow + (chunk ^ row) % 8 * 16;
 }
 
 // Where a packed row of queries lies: products take 64 rows, 16 of each of four warps.
@@ -200,8 +199,8 @@ __device__ inline void load_q(const KernelParams& p, int num_rows, const Variant
     for_each_part<T::kRows, S::kHeadDimQk / 8, T::kThreads, 4>(thread, [&](int x, int chunk) {
       const char* source = reinterpret_cast<const char*>(source_of(x) + chunk * 8);
       const uint32_t row = place_of_row<S, T>(x);
-      const uint32_t at = kByWarpgroups<S, T> ? swizzled_chunk<T::kRows>(row, chunk)
-                                              : row * kPitch + chunk * 16;
+      const uint32_t at =
+          kByWarpgroups<S, T> ? swizzled_chunk<T::kRows>(row, chunk) : row * kPitch + chunk * 16;
       copy_chunk<S, Element>(smem_q + at, source, x < num_rows);
     });
   } else {
@@ -360,7 +359,8 @@ class KvLoader {
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; chunk += kLanesPerRow) {
       if (kChunks % kLanesPerRow == 0 || chunk + lane < kChunks) {
-        copy_chunk<S, Element>(smem + chunk / kLanesPerRow * kNextChunk, source + chunk * 16, valid);
+        copy_chunk<S, Element>(smem + chunk / kLanesPerRow * kNextChunk, source + chunk * 16,
+                               valid);
       }
     }
   }

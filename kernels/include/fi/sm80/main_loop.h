@@ -137,8 +137,10 @@ class WarpLoop {
 
   __device__ void start_qk(uint32_t smem_q, uint32_t smem_k, int b,
                            float (&s)[kColBlocks][4]) const {
-    constexpr uint32_t kPartQ = T::kRows * ptx::kSwizzledRow, kPartK = T::kKvTile * ptx::kSwizzledRow;
-    const uint32_t group = T::kWarps > 4 ? __shfl_sync(0xffffffff, ptx::thread_index() / 128, 0) : 0;
+    constexpr uint32_t kPartQ = T::kRows * ptx::kSwizzledRow,
+                       kPartK = T::kKvTile * ptx::kSwizzledRow;
+    const uint32_t group =
+        T::kWarps > 4 ? __shfl_sync(0xffffffff, ptx::thread_index() / 128, 0) : 0;
     const uint32_t rows = smem_q + (group + b) * 64 * ptx::kSwizzledRow;
     const uint64_t q_at = ptx::swizzled_operand(rows, kPartQ);
     const uint64_t k_at = ptx::swizzled_operand(smem_k, kPartK);
