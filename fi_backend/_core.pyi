@@ -270,6 +270,7 @@ class KernelParams:
     partial_o: int
     partial_lse: int
     arrivals: int
+    rotation: Rotation
     def __init__(self) -> None: ...
     def set_variant_params(self, params: list[tuple[int, tuple[int, int, int], float]]) -> None: ...
 

@@ -31,12 +31,14 @@ class ClassPlan:
         config: of the planner.
         layout: of a plan in memory.
         spec: the kernel's specialisation, for plain pages and aligned tensors; None on the CPU.
+        longest: query and KV tokens of one request at most.
     """
 
     layer_class: LayerClass
     config: _core.PlanConfig
     layout: _core.PlanLayout
     spec: AttentionSpec | None
+    longest: tuple[int, int]
 
 
 def plan_class(
@@ -86,7 +88,8 @@ def plan_class(
         count = num_ctas or CPU_SPANS_PER_THREAD * torch.get_num_threads()
     _check_chunk(invariant_chunk, classes, capacity)
     config = _config(layer_class, capacity, count, invariant_chunk, classes)
-    return ClassPlan(layer_class, config, config.layout(), spec)
+    longest = (capacity.longest_q_len, capacity.max_kv_len)
+    return ClassPlan(layer_class, config, config.layout(), spec, longest)
 
 
 def tile_q_len(q_len: int, heads: HeadShape) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fi_backend import _core
 from fi_backend.checks import check_page_ids
-from fi_backend.errors import InvalidInput, contract_message
+from fi_backend.errors import InvalidInput, contract_message, require
 from fi_backend.formats import PagedBatch, PageTable
 from fi_backend.jit.attention_kernels import AttentionSpec, attention_kernel
 from fi_backend.jit.kernels import load
@@ -77,7 +77,7 @@ class CudaLaunch(SlotLaunch):
         self._current_stream: Callable[[int], int] = torch._C._cuda_getCurrentRawStream
         self._grid, self._threads = slot.layout.num_ctas, WARP_THREADS * spec.warps
         self._kernels = _Kernels(spec, slot.device)
-        self._variant = _VariantParams(slot.layer_class, slot.device)
+        self._variant = _VariantParams(slot.layer_class, slot.device, slot.longest)
         self._batch: PagedBatch | None = None
         self._num_plans = 0  # plan that was checked, where values are checked
         self._num_tokens = 0  # of that plan; 0: only the device knows
@@ -228,8 +228,12 @@ def _say_once(sentence: str) -> None:
 class _VariantParams:
     """The values of a variant's parameters that a slot's kernel was given last."""
 
-    def __init__(self, layer_class: LayerClass, device: torch.device) -> None:
+    def __init__(
+        self, layer_class: LayerClass, device: torch.device, longest: tuple[int, int]
+    ) -> None:
         heads = layer_class.heads
+        self._head_dim = heads.head_dim_qk
+        self._longest = longest  # query and KV tokens of a request
         self.variant: Variant | None = layer_class.variant
         self._device = device
         self._heads = {"q_head": heads.num_qo_heads, "kv_head": heads.num_kv_heads}
@@ -237,6 +241,7 @@ class _VariantParams:
         self._packed: list[ParamTuple] = []
         self._sources: list[int | None] = []  # of each packed parameter: its tensor in the call
         self._sinks: int | None = None  # likewise
+        self._rotation: tuple[int, int, int, bool, int, int] | None = None  # likewise, and the rest
         self._addresses: list[int] = []
 
     def update(
@@ -265,6 +270,11 @@ class _VariantParams:
             ]
             params.set_variant_params(packed)
         params.sinks = 0 if self._sinks is None else addresses[self._sinks]
+        if self._rotation is not None:
+            table, stride, rotary_dim, interleaved, window, sink_prefix = self._rotation
+            params.rotation = _core.Rotation(
+                addresses[table], stride, rotary_dim, interleaved, window, sink_prefix
+            )
         self._addresses = addresses
 
     def _check(self, call: Call, num_requests: int, num_tokens: int) -> None:
@@ -279,3 +289,13 @@ class _VariantParams:
         self._packed = [entry for function in bound.functions for entry in function]
         self._sources = [index.get(name) for function in bound.names for name in function]
         self._sinks = None if self.variant.sinks is None else index[self.variant.sinks]
+        rotation = self.variant.rotation
+        if rotation is not None and bound.angles is not None:
+            rotation.check_table(bound.angles, self._head_dim, *self._longest)
+            dim, name = bound.angles.shape[1], f"params[{rotation.cos_sin!r}]"
+            rule = "rotary_dim a multiple of 4 on a GPU"
+            require(dim % 4 == 0, name, rule, dim, "pad it with angles of 0")
+            self._rotation = (
+                *(index[rotation.cos_sin], bound.angles.stride(0), dim),
+                *(rotation.interleaved, rotation.window, rotation.sink_prefix),
+            )

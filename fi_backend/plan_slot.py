@@ -24,6 +24,7 @@ class PlanSlot:
         layer_class: whose plan this is.
         layout: offsets of the plan's arrays.
         classes: tile classes (rows, kv_tile, c_fixed, c_tile) that items refer to.
+        longest: query and KV tokens of one request at most.
         device: where the plan lies.
         plan: uint8 [layout.total_bytes] device.
         batch: the step planned last; None before the first.
@@ -51,6 +52,7 @@ class PlanSlot:
         self.config = planned.config
         self.layout = planned.layout
         self.classes = planned.config.classes
+        self.longest = planned.longest
         self.device = device
         self.plan = torch.zeros(planned.layout.total_bytes, dtype=torch.uint8, device=device)
         rows, dim = planned.layout.max_partial_rows, self.layer_class.heads.head_dim_vo

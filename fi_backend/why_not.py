@@ -186,9 +186,11 @@ def _feature_reasons(config: AttentionConfig) -> Iterator[str]:
             feature,
             "keep the engine's own backend for these layers",
         )
-    if config.device_type == "cuda" and "rotation" in config.features:
-        hint = "turn K when it is appended (append_kv with rope), or use the CPU engine"
-        yield contract_message("variant", "no rotation on a GPU", "one", hint)
+    narrow = config.kv_dtype in NARROW_KV_DTYPES
+    if config.device_type == "cuda" and "rotation" in config.features and narrow:
+        hint = "turn K when it is appended (append_kv with rope), or keep K in the dtype of q"
+        rule = "the dtype of q where a GPU turns K"
+        yield contract_message("kv_dtype", rule, config.kv_dtype, hint)
     count = config.num_variant_params
     if config.device_type == "cuda" and count > MAX_VARIANT_PARAMS:
         rule = f"at most {MAX_VARIANT_PARAMS} parameters, summed over the functions of the variant"

@@ -75,6 +75,10 @@ def device_variant(variant: Variant | None) -> str:
             bound.append(f"Bound<variants::{struct_name(function)}, {first}>")
             first += len(function.params)
         lists.append(f"Functions<{', '.join(bound)}>")
+    if variant.rotation is not None:
+        rotation = variant.rotation
+        words = ["true" if one else "false" for one in (rotation.interleaved, rotation.window > 0)]
+        lists.append(f"Turns<{', '.join(words)}>")
     return f"Variant<{'true' if variant.softmax else 'false'}, {', '.join(lists)}>"
 
 

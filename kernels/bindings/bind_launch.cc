@@ -119,6 +119,7 @@ void bind_kernel_params(py::module_& m) {
       .def_readwrite("out_is_float32", &KernelParams::out_is_float32)
       .def_readwrite("is_partial", &KernelParams::is_partial)
       .def_readwrite("layout", &KernelParams::layout)
+      .def_readwrite("rotation", &KernelParams::rotation)
       .def("set_variant_params", &set_variant_params, py::arg("params"));
 }
 

@@ -150,11 +150,15 @@ def test_it_matters() -> None:
         compare(plain, problem)
 
 
-def test_a_gpu_says_no() -> None:
-    layer_class = fi.LayerClass(heads(2), BF16, variant=shipped.rope())
-    config = fi.AttentionConfig.of(layer_class, "cuda")
-    assert any("no rotation on a GPU" in reason for reason in fi.why_not(config))
-    assert not fi.why_not(fi.AttentionConfig.of(layer_class, "cpu"))
+def test_a_gpu_turns_no_float8() -> None:
+    def reasons(kv_dtype: torch.dtype | None, device: str) -> list[str]:
+        layer_class = fi.LayerClass(heads(2), BF16, kv_dtype, variant=shipped.rope())
+        return fi.why_not(fi.AttentionConfig.of(layer_class, device))
+
+    words = "kv_dtype: expected the dtype of q where a GPU turns K"
+    assert any(reason.startswith(words) for reason in reasons(FP8, "cuda"))
+    assert not any(reason.startswith(words) for reason in reasons(None, "cuda"))
+    assert not reasons(FP8, "cpu")
 
 
 def test_explicit_nodes_where_slots_roll() -> None:

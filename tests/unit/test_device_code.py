@@ -112,6 +112,11 @@ CASES = [
     Case("general-sigmoid", 128, 4, GENERAL, variant=shipped.sigmoid_attention()),
     Case("general-custom-mask", 128, 4, GENERAL, variant=shipped.custom_mask()),
     Case("general-own-output", 64, 4, GENERAL, variant=GATE),
+    Case("decode-rope", 128, 4, DECODE, variant=shipped.rope()),
+    Case("decode-streaming", 128, 4, DECODE, variant=shipped.streaming_rope(1000)),
+    Case("general-streaming", 128, 4, GENERAL, variant=shipped.streaming_rope(1000)),
+    Case("general-rope-pairs", 64, 8, GENERAL, FP16, variant=shipped.rope(interleaved=True)),
+    Case("general-rope-sm_80", 128, 4, GENERAL, variant=shipped.rope(), arch="sm_80"),
     *(Case(f"decode-{arch}", 128, 4, DECODE, arch=arch) for arch in OTHER_ARCHS),
     *(
         Case(f"general-d256-{arch}", 256, 4, GENERAL, arch=arch) for arch in OTHER_ARCHS

@@ -75,8 +75,8 @@ REFUSED = {
     ),
     "unknown feature": (
         {"features": frozenset({"mla", "sinks"})},
-        "features: expected some of alibi, batch_invariant, lse, partial_states, rotation, shared_prefix,"
-        " sinks, sliding_window, soft_cap, variant, got mla;"
+        "features: expected some of alibi, batch_invariant, lse, partial_states, rotation,"
+        " shared_prefix, sinks, sliding_window, soft_cap, variant, got mla;"
         " keep the engine's own backend for these layers",
     ),
 }

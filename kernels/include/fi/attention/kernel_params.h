@@ -38,6 +38,7 @@ struct KernelParams {
   float* partial_o;    // [max_partial_rows][head_dim_vo]
   float* partial_lse;  // [max_partial_rows], log2 inside the kernels
   int32_t* arrivals;   // [max_units], zero between launches
+  Rotation rotation;
   VariantParam variant_params[kMaxVariantParams];
 };
 

@@ -20,10 +20,20 @@ struct Functions {
   static constexpr int kCount = sizeof...(Bounds);
 };
 
-// What happens to logits and output: all of Logits in order, all of Masks, softmax (or not),
-// Outputs.
-template <bool kSoftmax_, class Logits_, class Masks_, class Outputs_>
-struct Variant {
+// RoPE inside attention (Rotation of variant_hooks.h), as far as a kernel is compiled for it.
+struct NoTurns {
+  static constexpr bool kTurns = false, kIsInterleaved = false, kRolls = false;
+};
+template <bool kIsInterleaved_, bool kRolls_>
+struct Turns {
+  static constexpr bool kTurns = true, kIsInterleaved = kIsInterleaved_;
+  static constexpr bool kRolls = kRolls_;  // slots roll with a window
+};
+
+// What happens to logits and output: q and K turn, all of Logits in order, all of Masks, softmax
+// (or not), Outputs.
+template <bool kSoftmax_, class Logits_, class Masks_, class Outputs_, class Turns_ = NoTurns>
+struct Variant : Turns_ {
   using Logits = Logits_;
   using Masks = Masks_;
   using Outputs = Outputs_;

@@ -29,6 +29,10 @@ struct ElementOps<BFloat16> {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
     return pair;
   }
+  static __device__ void unpack(uint32_t pair, float& lo, float& hi) {
+    lo = __uint_as_float(pair << 16);
+    hi = __uint_as_float(pair & 0xffff0000u);
+  }
   static __device__ BFloat16 from_float(float x) {
     BFloat16 element;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(element.bits) : "f"(x));
@@ -52,6 +56,11 @@ struct ElementOps<Float16> {
     uint32_t pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
     return pair;
+  }
+  static __device__ void unpack(uint32_t pair, float& lo, float& hi) {
+    asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\n}\n"
+        : "=f"(lo), "=f"(hi)
+        : "r"(pair));
   }
   static __device__ Float16 from_float(float x) {
     Float16 element;

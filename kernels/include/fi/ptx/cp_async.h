@@ -40,6 +40,15 @@ __device__ inline void store_shared_16(uint32_t smem, const uint32_t (&words)[4]
                : "memory");
 }
 
+__device__ inline uint32_t load_shared_4(uint32_t smem) {
+  uint32_t word;
+  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(word) : "r"(smem) : "memory");
+  return word;
+}
+__device__ inline void store_shared_4(uint32_t smem, uint32_t word) {
+  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(smem), "r"(word) : "memory");
+}
+
 __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

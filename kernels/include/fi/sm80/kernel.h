@@ -3,6 +3,7 @@
 #pragma once
 
 #include "fi/sm80/merge.h"
+#include "fi/sm80/rotation.h"
 
 namespace fi::sm80 {
 
@@ -54,6 +55,9 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     loader.load(next, stage(next));
     ptx::cp_async_commit();
     const int32_t page = loader.fetch(next + 1);
+    if constexpr (V::kTurns) {
+      Rotator<S, V, T>(p, current, rows, smem_q).turn(loader.tiles(), t, stage(t));
+    }
     loop.tile(smem_q, stage(t), loader.tiles().begin(t), loader.tiles().end(t), state);
     loader.publish(next + 1, page);
   }
@@ -152,7 +156,7 @@ __device__ void run(const KernelParams& p) {
   __syncthreads();
   bool is_last;
   do {
-    advance_item<S>(p, current);
+    advance_item<S, V::kRolls>(p, current);
     __syncthreads();
     if (current.left > 0) prefetch_item(p, current.end - current.left, current);
     int c = 0;

@@ -83,9 +83,10 @@ __device__ inline VariantBox box_of(const WorkItem& item) {
 }
 
 // Makes the next item the current one; a CTA barrier before and after. An item without a hole gets
-// an empty one at its end: the main loop need not ask. The box of a node item's rows is empty until
+// an empty one at its end: the main loop need not ask. Where slots roll, it lies after the leading
+// tokens: a tile has them or others. The box of a node item's rows is empty until
 // load_rows().
-template <class S>
+template <class S, bool kRolls>
 __device__ inline void advance_item(const KernelParams& p, CurrentItem& current) {
   constexpr uint32_t kWords = sizeof(WorkItem) / 4;
   const uint32_t thread = ptx::thread_index();
@@ -93,8 +94,11 @@ __device__ inline void advance_item(const KernelParams& p, CurrentItem& current)
     const WorkItem& next = current.next;
     const int32_t* word = reinterpret_cast<const int32_t*>(&next) + thread;
     const bool is_of_hole = word == &next.hole_begin || word == &next.hole_end;
-    if (is_of_hole && next.hole_end <= next.hole_begin) word = &next.kv_end;
-    reinterpret_cast<int32_t*>(&current.item)[thread] = *word;
+    const bool moves = is_of_hole && next.hole_end <= next.hole_begin;
+    if (moves) word = &next.kv_end;
+    int32_t value = *word;
+    if (kRolls && moves) value = min_i32(max_i32(p.rotation.sink_prefix, next.kv_begin), value);
+    reinterpret_cast<int32_t*>(&current.item)[thread] = value;
   } else if (thread == 32) {  // a warp of its own: the row may have to be looked up
     constexpr int32_t kLow = -(1 << 30), kHigh = 1 << 30;
     current.pages = page_row(p.table, current.next.table_row);
