@@ -56,7 +56,8 @@ def _add_serve(commands: Any) -> None:
     one.add_argument(
         "--shape",
         default="llama-3.1-8b",
-        help="of the model, with dummy weights; tiny: a small model on a CPU",
+        help="of the model, with dummy weights; with -tp4 at its end on 4 GPUs; tiny: a small "
+        "model on a CPU",
     )
     one.add_argument(
         "--peers",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,11 +16,14 @@ from typing import Any
 from e2e_bench.demo.server import MODEL_NAME, Server, ServerFailed, SglangServer
 from e2e_bench.engine_environment import engine_environment, sglang_environment
 from e2e_bench.serving.loads import SEED, Load
+from e2e_bench.serving.prompts import write_requests
 
+REQUESTS = "requests.jsonl"  # beside a client's figures
 FIGURES = (
     "completed",
     "failed",
     "duration",
+    "total_input_tokens",
     "total_output_tokens",
     "output_throughput",
     "mean_itl_ms",
@@ -30,10 +35,31 @@ FIGURES = (
     "mean_ttft_ms",
     "median_ttft_ms",
     "p99_ttft_ms",
+    # Tokens per step of a server that drafts: vLLM's name, SGLang's.
+    "spec_decode_acceptance_length",
+    "accept_length",
 )
 # vLLM's part that answers fi_backend_stats, and what lets it be asked.
 VLLM_WORKER = "fi_backend.integrations.vllm.worker.FiWorkerExtension"
 VLLM_DEV_MODE = {"VLLM_SERVER_DEV_MODE": "1"}
+
+# As much of pandas as vLLM's client reads a file of requests with: vLLM does not bring it along.
+PANDAS = """import json
+
+
+class Row(dict):
+    to_dict = dict.copy
+
+
+class read_json:
+    def __init__(self, path_or_buf, lines):
+        with open(path_or_buf) as file:
+            self.rows = [Row(json.loads(line)) for line in file]
+        self.columns = self.rows[0].keys()
+
+    def iterrows(self):
+        return enumerate(self.rows)
+"""
 
 
 class ServedEngine(ABC):
@@ -72,17 +98,29 @@ class ServedEngine(ABC):
         """
 
     @abstractmethod
-    def client(self, url: str, model: Path, load: Load, out: Path) -> list[str]:
-        """Return the command that drives a server and writes figures to a file."""
+    def draft_options(self, drafts: int) -> list[str]:
+        """Return options of a server that drafts so many tokens by n-grams for each step."""
 
-    def why_not(self, load: Load) -> str | None:
-        """Return why the client cannot make a load; None: it can."""
-        del load
+    @abstractmethod
+    def client(self, url: str, model: Path, load: Load, out: Path) -> list[str]:
+        """Return the command that drives a server and writes figures to a file.
+
+        Requests that we write are in the file REQUESTS beside ``out``.
+        """
+
+    def why_not(self, load: Load, *, on_cpu: bool) -> str | None:
+        """Return why server or client cannot make a load; None: they can."""
+        del load, on_cpu
         return None
 
     def environment(self, scratch: Path) -> dict[str, str]:
         """Return the environment of servers and clients, with a folder for what has to be there."""
         return engine_environment(scratch)
+
+    def client_environment(self, environment: Mapping[str, str], folder: Path) -> dict[str, str]:
+        """Return the environment of a client, with its own folder for what has to be there."""
+        del folder
+        return dict(environment)
 
     def drive(
         self, server: Server, model: Path, load: Load, environment: Mapping[str, str]
@@ -95,9 +133,12 @@ class ServedEngine(ABC):
         """
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out.json"
+            if load.written:
+                write_requests(load, model, out.with_name(REQUESTS))
             command = self.client(server.url, model, load, out)
+            variables = self.client_environment(environment, out.parent)
             done = subprocess.run(
-                command, env=dict(environment), capture_output=True, text=True, check=False
+                command, env=variables, capture_output=True, text=True, check=False
             )
             said = done.stdout[-1000:] + done.stderr[-2000:]
             if done.returncode != 0 or not out.exists():
@@ -106,16 +147,18 @@ class ServedEngine(ABC):
         if figures["completed"] != load.prompts:
             answered = f"{figures['completed']} of {load.prompts} requests were answered"
             raise ServerFailed(f"{answered}: {said}")
-        return per_sample({name: figures[name] for name in FIGURES if name in figures}, load)
+        known = {name: figures[name] for name in FIGURES if figures.get(name) is not None}
+        return per_sample(known, load)
 
 
 def per_sample(figures: Mapping[str, Any], load: Load) -> dict[str, Any]:
     """Return figures as they are for one sample: the client takes all of a prompt for one stream.
 
     It then divides the time after the first token by the tokens of all samples, and times gaps
-    between tokens of different samples, which say nothing.
+    between tokens of different samples, which say nothing. Nor do gaps of a server that drafts:
+    they are between pieces of one token or several.
     """
-    if load.samples == 1:
+    if load.samples == 1 and not load.drafts:
         return dict(figures)
     tokens = load.output_tokens
     factor = (load.samples * tokens - 1) / (tokens - 1)
@@ -157,6 +200,12 @@ class Vllm(ServedEngine):
             options += ["--max-model-len", str(length)]
         return Server(model, backend, log, options, {**environment, **VLLM_DEV_MODE})
 
+    def draft_options(self, drafts: int) -> list[str]:
+        """Drafts are what followed the last 2 to 4 tokens in the request before."""
+        lookup = {"prompt_lookup_min": 2, "prompt_lookup_max": 4}
+        config = {"method": "ngram", "num_speculative_tokens": drafts, **lookup}
+        return ["--speculative-config", json.dumps(config)]
+
     def client(self, url: str, model: Path, load: Load, out: Path) -> list[str]:
         """Of several greedy samples vLLM wants none: they are drawn."""
         options: dict[str, object] = {
@@ -164,11 +213,6 @@ class Vllm(ServedEngine):
             "--base-url": url,
             "--model": MODEL_NAME,
             "--tokenizer": model,
-            "--dataset-name": "random",
-            "--random-input-len": load.input_tokens,
-            "--random-output-len": load.output_tokens,
-            "--random-range-ratio": json.dumps({"input": load.spread, "output": 0.0}),
-            "--random-prefix-len": load.prefix_tokens,
             "--num-prompts": load.prompts,
             "--max-concurrency": load.in_flight,
             "--temperature": 0 if load.samples == 1 else 1,
@@ -178,10 +222,36 @@ class Vllm(ServedEngine):
             "--result-dir": out.parent,
             "--result-filename": out.name,
         }
+        flags = ["--ignore-eos", "--disable-tqdm", "--save-result"]
+        if load.written:
+            options |= {
+                "--dataset-name": "custom",
+                "--dataset-path": out.with_name(REQUESTS),
+                "--custom-output-len": -1,  # those of the file
+            }
+            flags.append("--skip-chat-template")
+        else:
+            options |= {
+                "--dataset-name": "random",
+                "--random-input-len": load.input_tokens,
+                "--random-output-len": load.output_tokens,
+                "--random-range-ratio": json.dumps({"input": load.spread, "output": 0.0}),
+                "--random-prefix-len": load.prefix_tokens,
+            }
+        if load.rate:
+            options["--request-rate"] = load.rate
         if load.samples > 1:
             options["--extra-body"] = json.dumps({"n": load.samples})
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
-        return [*command, *_flat(options), "--ignore-eos", "--disable-tqdm", "--save-result"]
+        return [*command, *_flat(options), *flags]
+
+    def client_environment(self, environment: Mapping[str, str], folder: Path) -> dict[str, str]:
+        """Return the environment, with a stand-in for pandas where that is not installed."""
+        if importlib.util.find_spec("pandas"):
+            return dict(environment)
+        (folder / "pandas.py").write_text(PANDAS)
+        paths = [path for path in (environment.get("PYTHONPATH"), str(folder)) if path]
+        return {**environment, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 class Sglang(ServedEngine):
@@ -208,6 +278,17 @@ class Sglang(ServedEngine):
         options += ["--sampling-backend", "pytorch", "--grammar-backend", "none"]
         return GpuSglangServer(model, backend, log, options, environment)
 
+    def draft_options(self, drafts: int) -> list[str]:
+        """One chain of drafts: trees are not served by all of the peers."""
+        options: dict[str, object] = {
+            "--speculative-algorithm": "NGRAM",
+            # SGLang counts the token that the drafts follow.
+            "--speculative-num-draft-tokens": drafts + 1,
+            "--speculative-ngram-min-bfs-breadth": 1,
+            "--speculative-ngram-max-bfs-breadth": 1,
+        }
+        return _flat(options)
+
     def client(self, url: str, model: Path, load: Load, out: Path) -> list[str]:
         """Outputs are drawn with the spread of the inputs: the client has one for both."""
         options: dict[str, object] = {
@@ -220,7 +301,10 @@ class Sglang(ServedEngine):
             "--seed": SEED,
             "--output-file": out,
         }
-        if load.prefix_tokens:
+        flags = ["--disable-tqdm"]
+        if load.written:
+            options |= {"--dataset-name": "custom", "--dataset-path": out.with_name(REQUESTS)}
+        elif load.prefix_tokens:
             options |= {
                 "--dataset-name": "generated-shared-prefix",
                 "--gsp-num-groups": 1,
@@ -236,14 +320,20 @@ class Sglang(ServedEngine):
                 "--random-output-len": load.output_tokens,
                 "--random-range-ratio": (1 - load.spread) / (1 + load.spread),
             }
-        flags = ["--disable-tqdm", "--tokenize-prompt"]
+        if load.rate:
+            options["--request-rate"] = load.rate
+        if not load.written:
+            flags.append("--tokenize-prompt")  # no file is read with it
         return [sys.executable, "-m", "sglang.bench_serving", *_flat(options), *flags]
 
-    def why_not(self, load: Load) -> str | None:
-        """One sample a prompt is what the client counts."""
-        if load.samples == 1:
-            return None
-        return f"sglang.bench_serving: expected one sample a prompt, got {load.samples}"
+    def why_not(self, load: Load, *, on_cpu: bool) -> str | None:
+        """One sample a prompt is what the client counts; drafts need SGLang's own kernels."""
+        if load.samples != 1:
+            return f"sglang.bench_serving: expected one sample a prompt, got {load.samples}"
+        if load.drafts and on_cpu:
+            # Where SGLang has no wheel, its kernels that verify drafts are stood in for.
+            return f"sglang.launch_server: expected no drafts on a CPU, got {load.drafts} per step"
+        return None
 
     def environment(self, scratch: Path) -> dict[str, str]:
         """Return the environment, with empty modules for what SGLang imports and does not need."""

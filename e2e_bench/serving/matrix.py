@@ -27,6 +27,7 @@ from e2e_bench.vllm_gpu.models import SHAPES, make_shape, make_small
 
 TINY = "tiny"
 SERVER = "server"  # the row of what a server says about itself
+GPUS_OPTION = "--tensor-parallel-size"  # of both engines' servers
 COUNTED = ("kv_tokens", "saved_kv_tokens")
 ANSWER_PROMPTS = ("t5 t77 t9 t14", "t901 t12 t8", " ".join(f"t{i}" for i in range(40, 240)))
 ANSWER_TOKENS = 16
@@ -38,7 +39,8 @@ class Matrix:
 
     Attributes:
         engine: the server and its client.
-        shape: of the model: a key of ``vllm_gpu.models.SHAPES``, with dummy weights, or TINY.
+        shape: of the model: a key of ``vllm_gpu.models.SHAPES``, with dummy weights, or TINY. The
+            ending -tp4 has each layer shared by 4 GPUs.
         backends: the engine's names, each with environment variables behind it or not.
         loads: by name.
         out: JSON to write, or to go on with.
@@ -71,7 +73,10 @@ class Matrix:
             results.describe(self.engine.name, list(self.options))
             results.forget(backend, "failed")
             try:
-                self._measure(backend, missing, results)
+                # Drafting is an option of the server: one for each number of drafts.
+                for drafts in sorted({load.drafts for load in missing.values()}):
+                    part = {name: one for name, one in missing.items() if one.drafts == drafts}
+                    self._measure(backend, part, drafts, results)
             except ServerFailed as error:
                 failed += 1
                 results.save(backend, "failed", {"why": str(error)})
@@ -80,24 +85,20 @@ class Matrix:
         return failed
 
     def _can_make(self, name: str, load: Load) -> bool:
-        reason = self.engine.why_not(load)
+        reason = self.engine.why_not(load, on_cpu=self.shape == TINY)
         if reason:
             print(f"{name} is not run: {reason}", flush=True)
         return reason is None
 
-    def _measure(self, backend: str, loads: Mapping[str, Load], results: Results) -> None:
+    def _measure(
+        self, backend: str, loads: Mapping[str, Load], drafts: int, results: Results
+    ) -> None:
         environment = self.engine.environment(self.logs)
-        tiny = self.shape == TINY
-        model = make_small("demo") if tiny else make_shape(self.shape, self.logs)
-        name, settings = split_backend(backend)
-        log = self.logs / f"{self.engine.name}-{backend.replace(' ', '-')}.log"
-        # The client draws tokens and sends text, which may come back as a few tokens more.
-        length = None if tiny else max(load.longest for load in self.loads.values()) * 5 // 4
-        server = self.engine.server(model, name, log, environment | settings, length)
-        server.options = [*server.options, *self.options]
-        print(f"{backend}: starting a server …", flush=True)
+        server, model = self._server(backend, drafts, environment)
+        name, row = split_backend(backend)[0], SERVER + _suffix(drafts)
+        print(f"{backend}: starting a {row} …", flush=True)
         with server:
-            results.save(backend, SERVER, self._facts(server, results, backend))
+            results.save(backend, row, self._facts(server, results, backend, row))
             for load_name, load in loads.items():
                 started, before = time.monotonic(), self._counts(server, name)
                 found = self.engine.drive(server, model, load, environment)
@@ -107,15 +108,35 @@ class Matrix:
                     backend, load_name, found | {key: after[key] - before[key] for key in after}
                 )
 
-    def _facts(self, server: Server, results: Results, backend: str) -> dict[str, Any]:
-        """What the log says, memory, and how many answers are those of the first backend."""
+    def _server(
+        self, backend: str, drafts: int, environment: Mapping[str, str]
+    ) -> tuple[Server, Path]:
+        """Return a server that is not started, and the folder of its model."""
+        shape, gpus = split_shape(self.shape)
+        tiny = shape == TINY
+        model = make_small("demo") if tiny else make_shape(shape, self.logs)
+        name, settings = split_backend(backend)
+        log = self.logs / f"{self.engine.name}-{backend.replace(' ', '-')}{_suffix(drafts)}.log"
+        # The client draws tokens and sends text, which may come back as a few tokens more.
+        length = None if tiny else max(load.longest for load in self.loads.values()) * 5 // 4
+        server = self.engine.server(model, name, log, {**environment, **settings}, length)
+        options = list(server.options)
+        if gpus > 1:
+            options += [GPUS_OPTION, str(gpus)]
+        if drafts:
+            options += self.engine.draft_options(drafts)
+        server.options = [*options, *self.options]
+        return server, model
+
+    def _facts(self, server: Server, results: Results, backend: str, row: str) -> dict[str, Any]:
+        """What the log says, memory, and how many answers are those of the first server."""
         text = server.log.read_text(errors="replace")
         facts: dict[str, Any] = {"ready_s": round(server.ready_s, 1), "gpu_mib": _gpu_mib()}
         for fact, pattern in self.engine.facts.items():
             match = re.search(pattern, text)
             facts[fact] = float(match[1].replace(",", "")) if match else None
         answers = [stream.text for stream in run_wave(server, ANSWER_PROMPTS, ANSWER_TOKENS)]
-        first = results.first_answers(backend) or answers
+        first = results.first_answers(backend, row) or answers
         same = sum(one == other for one, other in zip(answers, first, strict=True))
         return facts | {"answers": answers, "answers_as_the_first": f"{same} of {len(answers)}"}
 
@@ -155,11 +176,11 @@ class Results:
         wanted = self._key | {"backend": backend, "workload": workload}
         return any(wanted.items() <= row.items() for row in self.rows)
 
-    def first_answers(self, backend: str) -> list[str] | None:
-        """Return what the first other backend said."""
+    def first_answers(self, backend: str, workload: str) -> list[str] | None:
+        """Return what the first server other than this one said."""
         for row in self.rows:
-            same = self._key.items() <= row.items() and row["backend"] != backend
-            if same and row["workload"] == SERVER:
+            other = (row["backend"], row["workload"]) != (backend, workload)
+            if other and self._key.items() <= row.items() and "answers" in row:
                 answers: list[str] = row["answers"]
                 return answers
         return None
@@ -181,6 +202,24 @@ class Results:
         print(json.dumps({"backend": backend, "workload": workload, **shown}), flush=True)
 
 
+def split_shape(text: str) -> tuple[str, int]:
+    """Return a shape's name and the number of GPUs that share each layer: ``llama-3.1-70b-tp4``.
+
+    Raises:
+        ValueError: a name that is not known, or a small model on several GPUs.
+    """
+    match = re.fullmatch(r"(.+)-tp([1-9]\d*)", text)
+    name, gpus = (match[1], int(match[2])) if match else (text, 1)
+    if name not in SHAPES and (name, gpus) != (TINY, 1):
+        known = f"{TINY}, {', '.join(SHAPES)}, the latter also with -tp<GPUs>"
+        raise ValueError(f"--shape: expected {known}, got {text!r}")
+    return name, gpus
+
+
+def _suffix(drafts: int) -> str:
+    return f"-ngram{drafts}" if drafts else ""
+
+
 def _gpu_mib() -> float | None:
     """Memory in use on all GPUs; None without any."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
@@ -197,8 +236,7 @@ def run_command(args: argparse.Namespace) -> int:
     known = SMALL_LOADS if args.shape == TINY else LOADS
     try:
         loads = choose_loads(args.workloads, known)
-        if args.shape != TINY and args.shape not in SHAPES:
-            raise ValueError(f"--shape: expected {TINY}, {', '.join(SHAPES)}, got {args.shape!r}")
+        split_shape(args.shape)
         peers = engine.peers if args.peers is None else args.peers
         backends = tuple(peers) if args.not_ours else (engine.ours[0], *peers)
         with tempfile.TemporaryDirectory() as temporary:

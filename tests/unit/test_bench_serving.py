@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import statistics
+import subprocess
+import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +20,8 @@ from e2e_bench.demo.server import ServerFailed
 from e2e_bench.serving import engines, figures, matrix
 from e2e_bench.serving.engines import ENGINES, Vllm, per_sample, split_backend
 from e2e_bench.serving.loads import GROUPS, LOADS, SMALL_LOADS, Load
+from e2e_bench.serving.prompts import make_requests, one_token_words, write_requests
+from e2e_bench.vllm_gpu.models import make_shape, make_small
 
 
 def options(engine: str, load: Load) -> dict[str, str]:
@@ -48,10 +55,68 @@ def test_samples_of_parallel_generation_all_count() -> None:
     # The last of 8 samples came 1023 ms after the first token: 127 tokens later.
     expected = {"output_throughput": 900.0, "mean_tpot_ms": pytest.approx(1023 / 127)}
     assert per_sample(found, loads[1]) == expected
-    assert ENGINES["vllm"].why_not(loads[1]) is None
-    assert ENGINES["sglang"].why_not(loads[1]) == (
-        "sglang.bench_serving: expected one sample a prompt, got 8"
-    )
+    # Drafts come in pieces of one token or several: no gaps, but every token counts.
+    assert per_sample(found, LOADS["ngram2k"]) == {"output_throughput": 900.0, "mean_tpot_ms": 1.0}
+
+
+def test_sglang_says_what_it_does_not_run() -> None:
+    for name, rule in (("parallel8", "one sample a prompt, got 8"), ("ngram2k", "no drafts on a")):
+        assert f": expected {rule}" in str(ENGINES["sglang"].why_not(LOADS[name], on_cpu=True))
+        assert ENGINES["vllm"].why_not(LOADS[name], on_cpu=True) is None
+    assert ENGINES["sglang"].why_not(LOADS["ngram2k"], on_cpu=False) is None
+
+
+def test_lengths_have_the_published_means() -> None:
+    requests = list(make_requests(LOADS["sharegpt"], WORDS))
+    assert requests == list(make_requests(LOADS["sharegpt"], WORDS))  # the seed's, at each call
+    inputs, outputs = [len(prompt) for prompt, _ in requests], [tokens for _, tokens in requests]
+    for lengths, mean, std in ((inputs, 246, 547), (outputs, 322, 244)):
+        assert statistics.mean(lengths) == pytest.approx(mean, rel=0.05)
+        median = mean / (1 + (std / mean) ** 2) ** 0.5  # of a log-normal
+        assert statistics.median(lengths) == pytest.approx(median, abs=1.5)
+    assert max(map(sum, zip(inputs, outputs, strict=True))) <= LOADS["sharegpt"].longest
+    assert abs(statistics.correlation(inputs, outputs)) < 0.1
+
+
+def test_trees_have_three_levels_and_drafts_a_phrase() -> None:
+    prompts = [prompt for prompt, tokens in make_requests(LOADS["tree6k"], WORDS) if tokens == 128]
+    for length, starts in ((2048, 4), (6144, 16), (LOADS["tree6k"].longest - 128, 192)):
+        assert len({tuple(prompt[:length]) for prompt in prompts}) == starts
+    assert {len(prompt) for prompt in prompts} == {6400} and len(prompts) == 192
+    prompts = [prompt for prompt, _ in make_requests(LOADS["ngram2k"], WORDS)]
+    assert all(prompt == prompt[:32] * 64 for prompt in prompts)
+    assert len({tuple(prompt) for prompt in prompts}) == len(prompts) == 128
+
+
+@pytest.mark.parametrize("name", ["tiny", "qwen3-8b"])
+def test_a_word_is_a_token_of_the_model(name: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    model = make_small("demo") if name == "tiny" else make_shape(name, tmp_path)
+    tokenizer, load = AutoTokenizer.from_pretrained(model), SMALL_LOADS["sharegpt"]
+    write_requests(load, model, tmp_path / "r.jsonl")
+    lines = map(json.loads, (tmp_path / "r.jsonl").read_text().splitlines())
+    made = make_requests(load, one_token_words(model))
+    for line, (words, tokens) in zip(lines, made, strict=True):
+        prompt, answer = (turn["content"] for turn in line["conversations"])
+        assert line["prompt"] == prompt and len(tokenizer(prompt).input_ids) == len(words)
+        assert line["output_tokens"] == len(tokenizer(answer).input_ids) == tokens
+
+
+def test_clients_read_what_was_written(tmp_path: Path) -> None:
+    vllm, sglang = (options(engine, LOADS["sharegpt"]) for engine in ENGINES)
+    for asked in (vllm, sglang):
+        assert asked["--dataset-name"] == "custom" and asked["--dataset-path"].endswith("s.jsonl")
+        assert asked["--request-rate"] == "16.0" and "--tokenize-prompt" not in asked
+    assert vllm["--custom-output-len"] == "-1" and "--skip-chat-template" in vllm
+    assert "--request-rate" not in options("vllm", LOADS["tree6k"])
+    # vLLM's client reads with pandas, or with what stands in for it.
+    (tmp_path / "r.jsonl").write_text('{"prompt": " a", "output_tokens": 3}\n')
+    code = "import pandas; d = pandas.read_json(path_or_buf='r.jsonl', lines=True); "
+    code += "print('prompt' in d.columns, [row.to_dict() for _, row in d.iterrows()])"
+    env = Vllm().client_environment({}, tmp_path)
+    read = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, env=env)
+    assert read == b"True [{'prompt': ' a', 'output_tokens': 3}]\n"
 
 
 def test_a_backend_may_come_with_environment_variables() -> None:
@@ -73,9 +138,7 @@ def test_servers_take_the_longest_request(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("code", "text"), [(0, ""), (3, "boom")])
-def test_a_client_that_fails_says_why(
-    monkeypatch: pytest.MonkeyPatch, code: int, text: str
-) -> None:
+def test_failed_clients_say_why(monkeypatch: pytest.MonkeyPatch, code: int, text: str) -> None:
     done = SimpleNamespace(returncode=code, stdout=text, stderr="")
     monkeypatch.setattr(engines.subprocess, "run", lambda *_, **__: done)
     with pytest.raises(ServerFailed, match=f"ended with {code}: {text}"):
@@ -92,11 +155,9 @@ def test_every_request_must_be_answered(monkeypatch: pytest.MonkeyPatch, complet
 
     monkeypatch.setattr(engines.subprocess, "run", client)
     given: Any = (SimpleNamespace(url="u"), Path("m"), SMALL_LOADS["mixed"], {})
-    if completed == 12:
+    answered = pytest.raises(ServerFailed, match="11 of 12 requests were answered: done")
+    with nullcontext() if completed == 12 else answered:
         assert Vllm().drive(*given) == {"completed": 12, "output_throughput": 9.0}
-        return
-    with pytest.raises(ServerFailed, match="11 of 12 requests were answered: done"):
-        Vllm().drive(*given)
 
 
 class Played:
@@ -109,8 +170,7 @@ class Played:
     def __enter__(self) -> Played:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        pass
+    def __exit__(self, *_: object) -> None: ...
 
     def counts(self) -> dict[str, int]:
         self.calls += 1
@@ -125,14 +185,8 @@ class PlayedVllm(Vllm):
         self.driven: list[Load] = []
         self.broken: Load | None = None
 
-    def server(
-        self,
-        model: Path,
-        backend: str,
-        log: Path,
-        environment: Mapping[str, str],
-        length: int | None,
-    ) -> Any:
+    def server(self, *given: Any) -> Any:
+        _, backend, log, environment, length = given
         self.servers.append((backend, environment, length))
         return Played(log)
 
@@ -143,6 +197,7 @@ class PlayedVllm(Vllm):
         return {"output_throughput": 100.0 + len(self.driven), "median_itl_ms": 2.5}
 
 
+WORDS = [f"t{i}" for i in range(3, 1000)]
 HEADER = {"gpu": "G", "kernels_hash": "k1", "versions": {"vllm": "1"}, "date": "d", "commit": "c"}
 
 
@@ -190,39 +245,52 @@ def test_a_matrix_measures_and_goes_on(
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_drafts_have_a_server_of_their_own(
+    engine: PlayedVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(Played, "__enter__", lambda self: started.append(self.options) or self)
+    waves = iter([[SimpleNamespace(text=one) for one in said] for said in ("abc", "abd")])
+    monkeypatch.setattr(matrix, "run_wave", lambda *_: next(waves))
+    one, loads = make(engine, tmp_path, "CUSTOM"), {n: LOADS[n] for n in ("ngram2k", "mixed1k")}
+    assert replace(one, shape="qwen3-8b-tp4", loads=loads).run() == 0
+    drafting, split = ENGINES["vllm"].draft_options(4), ["--a", "--tensor-parallel-size", "4"]
+    assert '"num_speculative_tokens": 4' in drafting[1]
+    assert started == [[*split, "--b"], [*split, *drafting, "--b"]]
+    rows = json.loads(one.out.read_text())["rows"]
+    assert [row["workload"] for row in rows] == ["server", "mixed1k", "server-ngram4", "ngram2k"]
+    assert (rows[2]["answers_as_the_first"], rows[2]["shape"]) == ("2 of 3", "qwen3-8b-tp4")
+    assert "num-draft-tokens 5" in " ".join(ENGINES["sglang"].draft_options(4))
+
+
 def test_rows_of_another_tree_are_not_added_to(
     engine: PlayedVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(engine, tmp_path, "CUSTOM").run()
-    changed = HEADER | {"kernels_hash": "k2"}
-    monkeypatch.setattr(matrix, "run_header", lambda *_, **__: changed)
+    monkeypatch.setattr(matrix, "run_header", lambda *_, **__: HEADER | {"kernels_hash": "k2"})
     with pytest.raises(ValueError, match=r"expected kernels_hash k1, .*, got k2; name a new file"):
         make(engine, tmp_path, "FLASH_ATTN").run()
 
 
 def test_loads_by_name() -> None:
     assert matrix.choose_loads((), LOADS) == dict(LOADS)
-    assert list(matrix.choose_loads(("long32k", "parallel"), LOADS)) == [
-        "long32k",
-        *GROUPS["parallel"],
-    ]
+    chosen = matrix.choose_loads(("long32k", "parallel"), LOADS)
+    assert list(chosen) == ["long32k", *GROUPS["parallel"]]
     assert list(matrix.choose_loads(("parallel",), SMALL_LOADS)) == ["parallel"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--workloads", "nothing"], "--workloads: expected some of mixed1k, fixed1k,"),
-        (
-            ["--shape", "gpt-9"],
-            "--shape: expected tiny, llama-3.1-8b, llama-3.1-70b, qwen3-8b",
-        ),
+        ("--workloads nothing", "--workloads: expected some of mixed1k, fixed1k,"),
+        ("--shape gpt-9", "--shape: expected tiny, llama-3.1-8b, llama-3.1-70b, qwen3-8b, gemma"),
+        ("--shape tiny-tp2", "gpt-oss-20b, the latter also with -tp<GPUs>, got 'tiny-tp2'"),
     ],
 )
 def test_bad_names(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["serve", "--out", str(tmp_path / "o.json"), *arguments]) == 2
+    assert main(["serve", "--out", str(tmp_path / "o.json"), *arguments.split()]) == 2
     assert message in capsys.readouterr().err
 
 
