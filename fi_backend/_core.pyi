@@ -152,12 +152,18 @@ class Scale:
     def __init__(self, data: int = 0, per_head: bool = False) -> None: ...
 
 class Rotation:
+    cos_sin: int
+    stride: int
+    rotary_dim: int
+    interleaved: int
+    window: int
+    sink_prefix: int
     def __init__(
         self,
         cos_sin: int,
         stride: int,
         rotary_dim: int,
-        interleaved: bool,
+        interleaved: int,
         window: int,
         sink_prefix: int,
     ) -> None: ...

@@ -126,7 +126,7 @@ class CpuLaunch(SlotLaunch):
             angles.data_ptr(),
             angles.stride(0),
             angles.shape[1],
-            rotation.interleaved,
+            int(rotation.interleaved),
             rotation.window,
             rotation.sink_prefix,
         )

@@ -86,6 +86,7 @@ CASES = [
 ]
 
 DECODES = ((1, 300), (1, 1), (1, 64), (0, 0), (1, 129), (1, 77))
+ROLLING = ((1, 900), (1, 44), (90, 700), (5, 5), (0, 0), (200, 430))
 DRAFTS = ((4, 300), (4, 4), (1, 64), (8, 77), (0, 0), (3, 130))
 GPU_CASES = [
     *(Case(f"decode-g{g}", DECODES, heads(g, 128), BF16) for g in (1, 5, 6, 7)),
@@ -96,6 +97,10 @@ GPU_CASES = [
     Case("decode-d192-128", DECODES, heads(8, 192, 128), BF16),
     Case("decode-d256", DECODES, heads(8, 256), BF16),
     Case("mixed-d256", MIXED, heads(8, 256), BF16),
+    *(
+        Case(f"mixed-d{qk}-{vo}", MIXED, heads(4, qk, vo), dtype)
+        for qk, vo, dtype in ((64, 192, BF16), (128, 192, FP16), (256, 192, BF16), (128, 64, FP16))
+    ),
     *(Case(f"decode-page-{p}", DECODES, heads(4, 128), BF16, page_size=p) for p in (1, 3, 128)),
     Case("decode-mapped", DECODES, heads(4, 128), BF16, table="mapped", layout="hnd"),
     Case("decode-window", DECODES, heads(4, 128), BF16, band=Band.window(50, 4)),
@@ -106,6 +111,16 @@ GPU_CASES = [
     Case("mixed-fp8-d256", MIXED, heads(2, 256), BF16, FP8, scales="one", strided=True),
     Case("mixed-fp8-d192-128", MIXED, heads(1, 192, 128), BF16, FP8, layout="packed"),
     Case("mixed-fp8-gemma", MIXED, heads(2, 256), BF16, FP8, variant="gemma"),
+    *(
+        Case(f"{steps}-{variant}", lengths, heads(g, dim), dtype, variant=f"gpu-{variant}")
+        for steps, lengths in (("decode", DECODES), ("mixed", MIXED), ("chunks", ROLLING))
+        for variant, g, dim, dtype in (
+            ("rope", 4, 128, BF16),
+            ("rope-some", 8, 64, FP16),
+            ("streaming", 4, 128, BF16),
+            ("streaming-many-sinks", 1, 112, FP16),
+        )
+    ),
     Case("drafts", DRAFTS, heads(4, 128), BF16),
     Case("drafts-g1", DRAFTS, heads(1, 128), FP16, page_size=1, table="csr"),
     Case("drafts-tree", DRAFTS, heads(4, 128), BF16, variant="tree"),

@@ -52,16 +52,16 @@ def _angles(slots: int, rotary_dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], -1).float()
 
 
-def _rope(case: Case, rotary_dim: int = 0, *, interleaved: bool = False) -> Made:
-    slots = max((kv_len for _, kv_len in case.lengths), default=0) or 1
-    table = _angles(slots, rotary_dim or case.heads.head_dim_qk)
+def _rope(case: Case, rotary_dim: int = 0, *, interleaved: bool = False, slots: int = 0) -> Made:
+    longest = max((kv_len for _, kv_len in case.lengths), default=0)
+    table = _angles(slots or longest or 1, rotary_dim or case.heads.head_dim_qk)
     return rope(interleaved=interleaved), {"cos_sin": table}
 
 
-def _streaming(case: Case, num_tokens: int, sink_prefix: int) -> Made:
+def _streaming(case: Case, num_tokens: int, sink_prefix: int, max_q_len: int = 0) -> Made:
     """With no more slots than a text of any length needs."""
-    slots = num_tokens + sink_prefix + max((q_len for q_len, _ in case.lengths), default=0)
-    table = _angles(slots, case.heads.head_dim_qk)
+    q_len = max_q_len or max((q_len for q_len, _ in case.lengths), default=0)
+    table = _angles(num_tokens + sink_prefix + q_len, case.heads.head_dim_qk)
     return streaming_rope(num_tokens, sink_prefix), {"cos_sin": table}
 
 
@@ -109,6 +109,11 @@ VARIANTS: dict[str, Callable[[Case, Generator], Made]] = {
     "window": lambda *_: (causal().then(sliding_window(33)), {}),
     "rope": lambda case, _: _rope(case),
     "rope-some": lambda case, _: _rope(case, 24, interleaved=True),
+    # With room for what a planner on a GPU is built for.
+    "gpu-rope": lambda case, _: _rope(case, slots=2048),
+    "gpu-rope-some": lambda case, _: _rope(case, 32, interleaved=True, slots=2048),
+    "gpu-streaming": lambda case, _: _streaming(case, 40, 4, 1024),
+    "gpu-streaming-many-sinks": lambda case, _: _streaming(case, 20, 70, 1024),
     "streaming": lambda case, _: _streaming(case, 40, 4),
     "streaming-no-sinks": lambda case, _: _streaming(case, 16, 0),
     "streaming-many-sinks": lambda case, _: _streaming(case, 20, 70),

@@ -134,8 +134,14 @@ void bind_views(py::module_& m) {
 }
 
 void bind_rotation(py::module_& m) {
-  py::class_<Rotation>(m, "Rotation")
-      .def(py::init([](intptr_t cos_sin, int64_t stride, int32_t rotary_dim, bool interleaved,
+  py::class_<Rotation> rotation(m, "Rotation");
+  def_pointer(rotation, "cos_sin", &Rotation::cos_sin);
+  rotation.def_readwrite("stride", &Rotation::stride)
+      .def_readwrite("rotary_dim", &Rotation::rotary_dim)
+      .def_readwrite("interleaved", &Rotation::interleaved)
+      .def_readwrite("window", &Rotation::window)
+      .def_readwrite("sink_prefix", &Rotation::sink_prefix)
+      .def(py::init([](intptr_t cos_sin, int64_t stride, int32_t rotary_dim, int32_t interleaved,
                        int32_t window, int32_t sink_prefix) {
              return Rotation{reinterpret_cast<const float*>(cos_sin),
                              stride,

@@ -77,7 +77,7 @@ struct Rotation {
   const float* cos_sin;  // [slots][rotary_dim], cosines then sines; null: q and K as they are
   int64_t stride;        // of a slot, elements
   int32_t rotary_dim;
-  bool interleaved;  // pairs (2i, 2i + 1), else (i, i + rotary_dim / 2)
+  int32_t interleaved;  // pairs (2i, 2i + 1), else (i, i + rotary_dim / 2)
   int32_t window, sink_prefix;
 };
 

@@ -65,6 +65,14 @@ __device__ inline void settle(float (&d)[kBlocks][4]) {
   }
 }
 
+template <int kBlocks>
+__device__ inline void settle(uint32_t (&a)[kBlocks][4]) {
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+    asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
+  }
+}
+
 #define FI_D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define FI_D16(i) FI_D4(i), FI_D4(i + 1), FI_D4(i + 2), FI_D4(i + 3)
 #define FI_D32(i) FI_D16(i), FI_D16(i + 4)

@@ -155,7 +155,7 @@ __device__ inline RowSum finish_sum(float row_max, float row_sum) {
 }
 
 // Whether finished rows can pass through the place of their queries, which are as wide and of the
-// same type, and which their warp alone has read.
+// same type, and which all warps have left.
 template <class S>
 constexpr bool kStagesRows = S::kAligned && S::kHeadDimVo <= S::kHeadDimQk;
 

@@ -67,7 +67,7 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     merge_warps<S, V, T>(p, item, rows, loop.first_row(), loop.is_idle(), smem + kPlan.stages,
                          state);
   } else {
-    if constexpr (kByWarpgroups<S, T>) __syncthreads();  // all have left the queries' place
+    __syncthreads();  // queries have landed, even without a tile, and all have left their place
     if (loop.is_idle()) return;
     write_rows<S, V, T>(p, item, rows, loop.first_row(), smem, state);
   }

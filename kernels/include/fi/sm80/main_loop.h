@@ -165,16 +165,24 @@ class WarpLoop {
       a[k][2] = Ops::pack(s[2 * k + 1][0], s[2 * k + 1][1]);
       a[k][3] = Ops::pack(s[2 * k + 1][2], s[2 * k + 1][3]);
     }
+    // 128 columns of the output at a time, and the 64 that may be left.
+    constexpr int kWhole = S::kHeadDimVo / 128;
+    static_assert(kWhole <= 2 && S::kHeadDimVo % 64 == 0);
     ptx::settle(o);
+    ptx::settle(a);
     ptx::begin_products();
     const uint64_t v_at = ptx::swizzled_operand(smem_v, kPart);
 #pragma unroll
     for (int k = 0; k < kColBlocks / 2; ++k) {
       const uint64_t rows = ptx::operand_after(v_at, k * 16 * ptx::kSwizzledRow);
-      ptx::start_product_across_rows<Element, 0, min_i32(S::kHeadDimVo / 8, 16)>(o, a[k], rows);
-      if constexpr (S::kHeadDimVo == 256) {
+      if constexpr (kWhole > 0) ptx::start_product_across_rows<Element, 0, 16>(o, a[k], rows);
+      if constexpr (kWhole > 1) {
         ptx::start_product_across_rows<Element, 16, 16>(o, a[k],
                                                         ptx::operand_after(rows, 2 * kPart));
+      }
+      if constexpr (S::kHeadDimVo % 128 > 0) {
+        ptx::start_product_across_rows<Element, kWhole * 16, 8>(
+            o, a[k], ptx::operand_after(rows, kWhole * 2 * kPart));
       }
     }
     ptx::commit_products();
