@@ -39,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("sharing", help="a step with shared prefixes looked for and not")
     _gpu_options(one, "sharing")
     one.add_argument("--only", type=_words, default=(), help="as for kernels")
+    one = commands.add_parser("streaming", help="RoPE inside attention, and in a kernel of its own")
+    _gpu_options(one, "streaming")
+    one.add_argument("--only", type=_words, default=(), help="as for kernels")
     one = commands.add_parser("ops", help="append_kv and merge_states, a copy beside us")
     _gpu_options(one, "ops")
     one = commands.add_parser("jit", help="compiling and launching; partly without a GPU")
@@ -138,10 +141,11 @@ def _run_on_gpu(args: argparse.Namespace) -> int:
         from e2e_bench import plan
 
         return plan.run(out, args.fa3, args.quick)
-    if args.command == "sharing":
-        from e2e_bench import sharing
+    if args.command in {"sharing", "streaming"}:
+        from e2e_bench import sharing, streaming
 
-        return sharing.run(out, args.only, args.quick)
+        run = sharing.run if args.command == "sharing" else streaming.run
+        return run(out, args.only, args.quick)
     if args.command == "ops":
         from e2e_bench import ops
 

@@ -43,6 +43,9 @@ def section(path: Path, header: dict[str, Any], rows: list[Row]) -> str:
     elif path.stem.startswith("sharing-"):
         parts.append("Median (smallest – largest):\n")
         parts.append(tables.sharing_table(rows))
+    elif path.stem.startswith("streaming-"):
+        parts.append("Median (smallest – largest):\n")
+        parts.append(tables.streaming_table(rows))
     elif any(row.floor_us for row in rows):
         picture_path = path.with_suffix(".svg")
         parts.append(f"![time over the floor](../e2e_bench/results/{picture_path.name})\n")

@@ -140,7 +140,7 @@ def write(path: Path, header: dict[str, Any], rows: list[Row]) -> None:
 
 def has_rows(path: Path) -> bool:
     """Return whether a file of results is one of ``write``, by its name; others only have meta."""
-    beginnings = ("kernels-", "plan-", "sharing-", "ops-", "jit-")
+    beginnings = ("kernels-", "plan-", "sharing-", "ops-", "jit-", "streaming-")
     return path.stem == "cpu" or path.stem.startswith(beginnings)
 
 

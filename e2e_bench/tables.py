@@ -8,6 +8,7 @@ from e2e_bench.limits import NOTHING_SHARED_RATIO, limit_us
 from e2e_bench.report import Row
 
 OURS = "fi_backend"
+APART = "apart"  # RoPE in a kernel of its own, in the streaming benchmark
 OURS_NO_SHARING = "fi_backend_no_sharing"  # only beside ours, in the sharing benchmark
 SHORT = {
     "fa3": "FA3",
@@ -142,6 +143,18 @@ def sharing_table(rows: Sequence[Row]) -> str:
         is_limited = workload.startswith("nothing.") and workload.endswith(".step")
         limit = f"{NOTHING_SHARED_RATIO:.2f}" if is_limited else ""
         lines.append(_line([workload, _time(on), _time(off), ratio, limit]))
+    return "\n".join(lines)
+
+
+def streaming_table(rows: Sequence[Row]) -> str:
+    """Return times in µs with RoPE inside attention and apart, and what is saved."""
+    header = ["", "RoPE inside", "apart", "less"]
+    lines = [_line(header), _line(["---"] * len(header))]
+    for workload, found in by_workload(rows).items():
+        inside, apart = found.get(OURS), found.get(APART)
+        saved = "–" if inside is None or apart is None else inside.us_median / apart.us_median
+        less = saved if isinstance(saved, str) else f"{1 - saved:.1%}"
+        lines.append(_line([workload, _time(inside), _time(apart), less]))
     return "\n".join(lines)
 
 
