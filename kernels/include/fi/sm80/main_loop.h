@@ -118,8 +118,9 @@ class WarpLoop {
     for (int b = 0; b < T::kRowBlocks; ++b) {
       ptx::wait_products<T::kRowBlocks - 1>();
       ptx::settle(s[b]);
-      // A warp without rows takes part in products, of zeros.
-      if (!is_idle()) softmax_block(kv_begin, kv_end, kind, b, s[b], state);
+      // A warp without rows takes part in products, of zeros. Where few tiles have such warps, the
+      // test is not worth its compile time.
+      if (T::kRowBlocks > 1 || !is_idle()) softmax_block(kv_begin, kv_end, kind, b, s[b], state);
       start_pv(smem_v, s[b], state.o[b]);
     }
     ptx::wait_products<0>();

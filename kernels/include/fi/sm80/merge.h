@@ -26,9 +26,9 @@ __device__ inline void fetch_states(const KernelParams& p, const States& states,
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
     const int state = min_i32(first + i, states.count - 1);
-    const int64_t at = states.first + state * states.stride;
+    const uint32_t at = states.first + state * states.stride;
     lse[i] = kSoftmax ? __ldcg(p.partial_lse + at) : 0.0f;
-    const float4* quad = part + at * kQuadsOfRow;
+    const float4* quad = part + static_cast<uint64_t>(at) * kQuadsOfRow;
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
       // Past the row's end, where it does not divide: the last one, and not used.
