@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,24 @@ OFFLINE = {
     "PYTHONUNBUFFERED": "1",
 }
 # What SGLang imports and does not need here.
-STAND_INS = {"deep_gemm": "", "datasets": "load_dataset = None\n"}
+SGLANG_STAND_INS = {"deep_gemm": "", "datasets": "load_dataset = None\n"}
+# As much of pandas as vLLM's client reads a file of requests with: vLLM does not bring it along.
+PANDAS = """import json
+
+
+class Row(dict):
+    to_dict = dict.copy
+
+
+class read_json:
+    def __init__(self, path_or_buf, lines):
+        with open(path_or_buf) as file:
+            self.rows = [Row(json.loads(line)) for line in file]
+        self.columns = self.rows[0].keys()
+
+    def iterrows(self):
+        return enumerate(self.rows)
+"""
 
 
 def engine_environment(scratch: Path) -> dict[str, str]:
@@ -51,13 +69,25 @@ def sglang_environment(scratch: Path) -> dict[str, str]:
     installed: DeepGEMM with drafts, ``datasets`` in its client.
     """
     environment = engine_environment(scratch) | {"SGLANG_ENABLE_JIT_DEEPGEMM": "0"}
-    folder = scratch / "stand_ins"
+    return with_stand_ins(environment, scratch / "stand_ins", SGLANG_STAND_INS)
+
+
+def with_stand_ins(
+    environment: Mapping[str, str], folder: Path, modules: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the environment, with modules on its path where they are not installed.
+
+    Args:
+        environment: of a process.
+        folder: where the modules are written.
+        modules: their text by name.
+    """
     folder.mkdir(exist_ok=True)
-    for name, text in STAND_INS.items():
+    for name, text in modules.items():
         if importlib.util.find_spec(name) is None:
             (folder / f"{name}.py").write_text(text)
-    environment["PYTHONPATH"] += os.pathsep + str(folder)
-    return environment
+    paths = [path for path in (environment.get("PYTHONPATH"), str(folder)) if path]
+    return {**environment, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def run_header(engine: str, **extra: Any) -> dict[str, Any]:

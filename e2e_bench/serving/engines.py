@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -14,7 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from e2e_bench.demo.server import MODEL_NAME, Server, ServerFailed, SglangServer
-from e2e_bench.engine_environment import engine_environment, sglang_environment
+from e2e_bench.engine_environment import (
+    PANDAS,
+    engine_environment,
+    sglang_environment,
+    with_stand_ins,
+)
 from e2e_bench.serving.loads import SEED, Load
 from e2e_bench.serving.prompts import write_requests
 
@@ -43,24 +46,6 @@ FIGURES = (
 VLLM_WORKER = "fi_backend.integrations.vllm.worker.FiWorkerExtension"
 VLLM_DEV_MODE = {"VLLM_SERVER_DEV_MODE": "1"}
 
-# As much of pandas as vLLM's client reads a file of requests with: vLLM does not bring it along.
-PANDAS = """import json
-
-
-class Row(dict):
-    to_dict = dict.copy
-
-
-class read_json:
-    def __init__(self, path_or_buf, lines):
-        with open(path_or_buf) as file:
-            self.rows = [Row(json.loads(line)) for line in file]
-        self.columns = self.rows[0].keys()
-
-    def iterrows(self):
-        return enumerate(self.rows)
-"""
-
 
 class ServedEngine(ABC):
     """An engine that can be served.
@@ -70,14 +55,19 @@ class ServedEngine(ABC):
         ours: its names of this backend.
         peers: backends to compare with where nobody names others.
         facts: what a server's log says about it, as regular expressions of one group.
+        cpu_server: of a small model on a CPU.
+        gpu_server: of a model on a GPU.
+        variables: of its environment, beside those of clients too.
     """
 
     name: str
     ours: tuple[str, ...]
     peers: tuple[str, ...]
     facts: Mapping[str, str]
+    cpu_server: type[Server] = Server
+    gpu_server: type[Server] = Server
+    variables: Mapping[str, str] = {}
 
-    @abstractmethod
     def server(
         self,
         model: Path,
@@ -96,6 +86,13 @@ class ServedEngine(ABC):
             length: tokens of the longest request on a GPU, where the model has dummy weights;
                 None: a small model on a CPU.
         """
+        kind = self.cpu_server if length is None else self.gpu_server
+        options = self.server_options(backend, length)
+        return kind(model, backend, log, options, {**environment, **self.variables})
+
+    @abstractmethod
+    def server_options(self, backend: str, length: int | None) -> list[str]:
+        """Return the command line of a server behind that of the demo; arguments as ``server``."""
 
     @abstractmethod
     def draft_options(self, drafts: int) -> list[str]:
@@ -183,22 +180,16 @@ class Vllm(ServedEngine):
         "model_gib": r"Model loading took ([\d.]+) GiB",
     }
 
-    def server(
-        self,
-        model: Path,
-        backend: str,
-        log: Path,
-        environment: Mapping[str, str],
-        length: int | None,
-    ) -> Server:
+    variables: Mapping[str, str] = VLLM_DEV_MODE
+
+    def server_options(self, backend: str, length: int | None) -> list[str]:
         """Options that repeat those of the demo count: the last one does."""
         options = ["--worker-extension-cls", VLLM_WORKER] if backend in self.ours else []
         if length is None:
-            options += ["--max-model-len", "2048", "--max-num-seqs", "16", "--block-size", "32"]
-        else:
-            options += ["--dtype", "bfloat16", "--no-enforce-eager", "--load-format", "dummy"]
-            options += ["--max-model-len", str(length)]
-        return Server(model, backend, log, options, {**environment, **VLLM_DEV_MODE})
+            small = ["--max-model-len", "2048", "--max-num-seqs", "16", "--block-size", "32"]
+            return options + small
+        options += ["--dtype", "bfloat16", "--no-enforce-eager", "--load-format", "dummy"]
+        return [*options, "--max-model-len", str(length)]
 
     def draft_options(self, drafts: int) -> list[str]:
         """Drafts are what followed the last 2 to 4 tokens in the request before."""
@@ -247,11 +238,15 @@ class Vllm(ServedEngine):
 
     def client_environment(self, environment: Mapping[str, str], folder: Path) -> dict[str, str]:
         """Return the environment, with a stand-in for pandas where that is not installed."""
-        if importlib.util.find_spec("pandas"):
-            return dict(environment)
-        (folder / "pandas.py").write_text(PANDAS)
-        paths = [path for path in (environment.get("PYTHONPATH"), str(folder)) if path]
-        return {**environment, "PYTHONPATH": os.pathsep.join(paths)}
+        return with_stand_ins(environment, folder, {"pandas": PANDAS})
+
+
+class GpuSglangServer(SglangServer):
+    """One ``sglang.launch_server`` on a GPU."""
+
+    def command(self) -> list[str]:
+        """Return the command line up to address, backend and options."""
+        return [sys.executable, "-m", "sglang.launch_server", "--model-path", str(self.model)]
 
 
 class Sglang(ServedEngine):
@@ -262,21 +257,17 @@ class Sglang(ServedEngine):
     peers = ("triton", "flashinfer", "fa3")
     facts: Mapping[str, str] = {"kv_cache_tokens": r"max_total_num_tokens=(\d+)"}
 
-    def server(
-        self,
-        model: Path,
-        backend: str,
-        log: Path,
-        environment: Mapping[str, str],
-        length: int | None,
-    ) -> Server:
-        """On a GPU none of the options for a small machine."""
+    cpu_server = SglangServer
+    gpu_server = GpuSglangServer
+
+    def server_options(self, backend: str, length: int | None) -> list[str]:
+        """A server on a CPU has those of the demo alone."""
+        del backend
         if length is None:
-            return SglangServer(model, backend, log, (), environment)
+            return []
         options = ["--dtype", "bfloat16", "--load-format", "dummy", "--context-length", str(length)]
         # Neither is what is measured, and both compile at first use or load a library.
-        options += ["--sampling-backend", "pytorch", "--grammar-backend", "none"]
-        return GpuSglangServer(model, backend, log, options, environment)
+        return [*options, "--sampling-backend", "pytorch", "--grammar-backend", "none"]
 
     def draft_options(self, drafts: int) -> list[str]:
         """One chain of drafts: trees are not served by all of the peers."""
@@ -338,14 +329,6 @@ class Sglang(ServedEngine):
     def environment(self, scratch: Path) -> dict[str, str]:
         """Return the environment, with empty modules for what SGLang imports and does not need."""
         return sglang_environment(scratch)
-
-
-class GpuSglangServer(SglangServer):
-    """One ``sglang.launch_server`` on a GPU."""
-
-    def command(self) -> list[str]:
-        """Return the command line up to address, backend and options."""
-        return [sys.executable, "-m", "sglang.launch_server", "--model-path", str(self.model)]
 
 
 ENGINES: Mapping[str, ServedEngine] = {one.name: one for one in (Vllm(), Sglang())}

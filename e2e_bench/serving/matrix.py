@@ -23,7 +23,8 @@ from e2e_bench.engine_environment import run_header
 from e2e_bench.serving import figures as tables
 from e2e_bench.serving.engines import ENGINES, ServedEngine, split_backend
 from e2e_bench.serving.loads import GROUPS, LOADS, SMALL_LOADS, Load
-from e2e_bench.vllm_gpu.models import SHAPES, make_shape, make_small
+from e2e_bench.serving.shapes import SHAPES, make_shape
+from e2e_bench.vllm_gpu.models import make_small
 
 TINY = "tiny"
 SERVER = "server"  # the row of what a server says about itself
@@ -39,7 +40,7 @@ class Matrix:
 
     Attributes:
         engine: the server and its client.
-        shape: of the model: a key of ``vllm_gpu.models.SHAPES``, with dummy weights, or TINY. The
+        shape: of the model: a key of ``shapes.SHAPES``, with dummy weights, or TINY. The
             ending -tp4 has each layer shared by 4 GPUs.
         backends: the engine's names, each with environment variables behind it or not.
         loads: by name.
@@ -255,9 +256,9 @@ def choose_loads(names: Sequence[str], known: Mapping[str, Load]) -> dict[str, L
     Raises:
         ValueError: a name that is not known.
     """
-    wanted = [one for name in names or known for one in GROUPS.get(name, (name,))]
-    if "parallel" in known:  # of the small ones it is one load
-        wanted = list(names or known)
+    wanted: list[str] = []
+    for name in names or known:
+        wanted += (name,) if name in known else GROUPS.get(name, (name,))
     for name in wanted:
         if name not in known:
             raise ValueError(f"--workloads: expected some of {', '.join(known)}, got {name!r}")

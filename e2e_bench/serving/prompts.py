@@ -12,7 +12,7 @@ from statistics import NormalDist
 
 from e2e_bench.serving.loads import SEED, Load, LogNormal, Repeated, Tree
 
-# A word of the tokenizers of vllm_gpu.models, and one of a byte-level tokenizer: a space before it.
+# A word of make_shape's tokenizers, and one of a byte-level tokenizer: a space before it.
 WORD = re.compile(r"t\d+|\u0120[a-z]+")
 LEAST_TOKENS = 4  # as vLLM's client asks of ShareGPT
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from e2e_bench import engine_environment as environment
+from e2e_bench.serving.shapes import SHAPES, make_shape
 from e2e_bench.vllm_gpu import tokens
 from e2e_bench.vllm_gpu.compare import Agreement, compare, judge
 from e2e_bench.vllm_gpu.engine import SHARING, WORKLOADS, find_run
-from e2e_bench.vllm_gpu.models import SHAPES, make_shape
 from e2e_bench.vllm_gpu.runs import OURS, Case, Run, cases
 
 

@@ -21,7 +21,8 @@ from e2e_bench.serving import engines, figures, matrix
 from e2e_bench.serving.engines import ENGINES, Vllm, per_sample, split_backend
 from e2e_bench.serving.loads import GROUPS, LOADS, SMALL_LOADS, Load
 from e2e_bench.serving.prompts import make_requests, one_token_words, write_requests
-from e2e_bench.vllm_gpu.models import make_shape, make_small
+from e2e_bench.serving.shapes import make_shape
+from e2e_bench.vllm_gpu.models import make_small
 
 
 def options(engine: str, load: Load) -> dict[str, str]:
