@@ -276,7 +276,10 @@ class PlanBuilder {
     const int32_t index = static_cast<int32_t>(at - first);
     const RowTile tile = row_tile(low, tiles_of(low) - 1 - index);
     // Less than the tile's cost is left: a cut never follows all its steps.
-    return {low, head, index, tile.steps_within(in_head - cost_prefix_[at])};
+    const Cut cut = {low, head, index, tile.steps_within(in_head - cost_prefix_[at])};
+    const int64_t rest = cost_prefix_[at + 1] - in_head;
+    const bool moves = !tile.whole_chunks() && cut.step > 0 && tile.is_short_rest(rest);
+    return moves ? next_row_tile(cut) : cut;
   }
 
   Cut next_row_tile(Cut c) const {

@@ -44,7 +44,7 @@ class CudaBlock : public planner::CudaBlock<kThreads, true, false> {
   // True in the last CTA that comes here, which sees what all others wrote before.
   __device__ bool arrives_last(int32_t* arrivals) const {
     if (this->thread() == 0) {
-      memory_->is_last = ptx::arrive(arrivals, static_cast<int32_t>(gridDim.x));
+      memory_->is_last = ptx::arrive_last(arrivals, static_cast<int32_t>(gridDim.x));
     }
     __syncthreads();
     return memory_->is_last != 0;

@@ -118,6 +118,8 @@ class StepPlanner {
       cut.step = tiles_.row_tile(own, tile_class, last - first, index).steps_within(budget);
     } else {
       cut.step = tiles_.steps_within(budget, tile_class);
+      const Cost rest = s.cost[tile + 1] - s.cost[tile] - budget;
+      if (cut.step > 0 && tiles_.is_short_rest(rest, tile_class)) cut = {cut.tile + 1, 0, 0, 0};
     }
     return cut;
   }

@@ -51,6 +51,7 @@ class NodePasses {
       num_tokens = s.q_len[r];
       is_member = has_nodes() ? s.shared_tokens[r] & 1 : 0;
       head_cost = table[first + count] - table[first];
+      tile_cost = head_cost;
       in_head = of_head - table[first];
     }
     const int32_t head = tiles_.head_at(in_head, rest, head_cost, &in_head);
@@ -61,13 +62,16 @@ class NodePasses {
       const Cost at = in_head + table[first];
       tile = last_at_most(first, first + count, at, cost_before) - first;
       in_head = at - table[first + tile];
+      tile_cost = table[first + tile + 1] - table[first + tile];
     }
     const int32_t c = class_of(num_tokens), index = count - 1 - tile;
     *num_rows =
         2 * (tiles_.row_end(num_tokens, c, index) - index * tiles_.tile_class(c).rows) + is_member;
     const int32_t before =
         p.num_kv_heads.value * first + head * count + (is_node ? 0 : num_tiles());
-    return {before + tile, tiles_.steps_within(in_head, c), 0, 0};
+    const int32_t step = tiles_.steps_within(in_head, c);
+    if (step > 0 && tiles_.is_short_rest(tile_cost - in_head, c)) return {before + tile + 1, 0, 0, 0};
+    return {before + tile, step, 0, 0};
   }
 
   // Before spans are known.

@@ -170,6 +170,11 @@ class TileRules {
     }
   }
 
+  // RowTile::is_short_rest().
+  FI_HOST_DEVICE bool is_short_rest(Cost rest, int32_t c) const {
+    return rest <= static_cast<Cost>(tile_class(c).c_fixed);
+  }
+
   FI_HOST_DEVICE RowTile row_tile(const OwnPart& own, int32_t c, int32_t num_tiles,
                                   int32_t index) const {
     PlannedRequest request{};

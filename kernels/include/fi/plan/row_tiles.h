@@ -94,6 +94,10 @@ struct RowTile {
     return low;
   }
 
+  // Whether a cut that leaves this much of the tile's cost moves to the tile's end: to begin the tile
+  // again would cost as much as the rest.
+  FI_HOST_DEVICE bool is_short_rest(int64_t rest) const { return rest <= c_fixed; }
+
   // First KV position of KV tile number `tile` of this row tile, hole skipped.
   FI_HOST_DEVICE int32_t position(int32_t tile) const {
     int32_t at = (first_tile() + tile) * kv_tile.value;

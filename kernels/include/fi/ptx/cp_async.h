@@ -18,6 +18,25 @@ __device__ inline void cp_async_16(uint32_t smem, const void* gmem, bool valid) 
       : "memory");
 }
 
+// The L2's policy for memory that nobody reads again: first to make room. PTX ISA 9.7.9.16.
+__device__ inline uint64_t evict_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// cp_async_16 with a policy of the L2.
+__device__ inline void cp_async_16(uint32_t smem, const void* gmem, bool valid, uint64_t policy) {
+  asm volatile(
+      "{\n"
+      ".reg .pred ignore;\n"
+      "setp.eq.u32 ignore, %2, 0;\n"
+      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, ignore, %3;\n"
+      "}\n" ::"r"(smem),
+      "l"(gmem), "r"(static_cast<uint32_t>(valid)), "l"(policy)
+      : "memory");
+}
+
 // 8 bytes through L1.
 __device__ inline void cp_async_8(uint32_t smem, const void* gmem) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;\n" ::"r"(smem), "l"(gmem) : "memory");

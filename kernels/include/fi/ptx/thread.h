@@ -14,6 +14,13 @@ __device__ inline uint32_t thread_index() {
   return index;
 }
 
+// Of the multiprocessor's clock, modulo 2^32.
+__device__ inline uint32_t cycles() {
+  uint32_t count;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(count));
+  return count;
+}
+
 // The same address, in a form that the compiler computes where it is used and not before.
 __device__ inline const void* here(const void* address) {
   const void* same;

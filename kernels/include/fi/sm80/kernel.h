@@ -7,7 +7,8 @@
 
 namespace fi::sm80 {
 
-template <class S, class V, class T>
+// kReadsOnce: the tile holds all rows of its block.
+template <class S, class V, class T, bool kReadsOnce>
 __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem) {
   constexpr SharedPlan kPlan = kShared<S, T>;
   const WorkItem& item = current.item;
@@ -17,7 +18,7 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     return smem_q + kPlan.stages + tile % T::kStages * kPlan.stage_bytes;
   };
 
-  const KvLoader<S, T> loader(p, current, smem);
+  const KvLoader<S, T, kReadsOnce> loader(p, current, smem);
   const int num_tiles = loader.num_tiles();
   // Page ids of all stages at once, a token a thread.
   constexpr int kTokens = T::kStages * T::kKvTile;
@@ -28,9 +29,6 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     const int token = r * T::kThreads + static_cast<int>(ptx::thread_index());
     first_pages[r] = loader.fetch(token / T::kKvTile, token % T::kKvTile);
   }
-  load_rows<S, T>(p, current, rows);
-  __syncthreads();
-  load_q<S, T>(p, item.num_rows, rows, smem_q);  // while the page ids are on their way
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
     const int token = r * T::kThreads + static_cast<int>(ptx::thread_index());
@@ -41,6 +39,11 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
 #pragma unroll 1
   for (int t = 0; t < T::kStages - 1; ++t) {
     loader.load(t, stage(t));
+    if (t == 0) {  // while the first tile is on its way
+      load_rows<S, T>(p, current, rows);
+      __syncthreads();
+      load_q<S, T>(p, item.num_rows, rows, smem_q);
+    }
     ptx::cp_async_commit();
   }
 
@@ -84,34 +87,83 @@ __device__ inline RequestUnit unit_of_row(const PlanView& plan, ClassRows class_
   return {request.unit_base + item.kv_head * request.num_tiles + tile, g.request};
 }
 
-// Announces the item's partial state to its merge units: a request item has one, a node item those
-// of the requests whose rows it holds. Each has a thread: one after the other their atomics would
-// cost an L2 latency each. Merges the units that are complete, listed at the start of `smem`.
+// Merge units of request items whose states are written and not announced yet. They are announced
+// together when the CTA has done its span: prefixes, which come first in the order of items, are
+// mostly done by then, and a CTA merges its own requests at once. Without prefixes a span's first
+// and last item at most have states.
+template <class S>
+struct PendingUnits {
+  static constexpr int kMost = S::kDecodes ? 2 : 8;
+  RequestUnit units[kMost];
+};
+
+// Of the threads of a warp whose units are complete, the first `most`; every CTA counts from another
+// one.
+template <class S>
+__device__ bool is_complete_and_mine(bool is_complete, int most) {
+  const uint32_t complete = __ballot_sync(0xffffffff, is_complete);
+  const uint32_t first = blockIdx.x * S::kGroupSize % 32;
+  const uint32_t place = (ptx::thread_index() - first) % 32;
+  const uint32_t before = __funnelshift_r(complete, complete, first) & ((1u << place) - 1);
+  return is_complete && __popc(before) < most;
+}
+
+// How long a CTA that has done its span looks for units to merge, in cycles: about 8 us.
+constexpr uint32_t kMostWait = 15000;
+
+// Announces partial states to their merge units: of a node item (num_pending 0) to those of the
+// requests whose rows it holds, or of request items to one each. A unit has a thread: one after the
+// other their atomics would cost an L2 latency each. Then merges units that are complete, listed at
+// the start of `smem`.
+//
+// The last CTA of a prefix completes the units of all members at once. It merges what nobody else
+// claims; CTAs that have nothing left to do (`waits`) look for a while whether units that they
+// announced are complete, and claim some, each from another one on.
 template <class S, class V, int kMaxRows, int kThreads, class ClassRows>
 __device__ void arrive_and_merge(const KernelParams& p, const PlanView& plan, ClassRows class_rows,
-                                 const WorkItem& item, char* smem, CompletedUnits& done) {
+                                 const WorkItem& item, const PendingUnits<S>& pending,
+                                 int num_pending, bool waits, char* smem, CompletedUnits& done) {
   static_assert(kMaxRows <= kThreads, "a thread for each row");
+  static_assert(PendingUnits<S>::kMost <= kThreads, "a thread for each unit");
   const int x = static_cast<int>(ptx::thread_index());
   auto* units = reinterpret_cast<RequestUnit*>(smem);
-  if (x == 0) done.count = done.most_rows = 0;
-  __syncthreads();  // the state is written
-  RequestUnit own = {item.unit, item.request};
-  bool announces = x == 0;
-  if (!S::kDecodes && item.request < 0 && x < item.num_rows) {
+  __syncthreads();  // the states are written, the pending units listed
+  bool is_open = x < num_pending;
+  RequestUnit own = is_open ? pending.units[x] : RequestUnit{};
+  if (!S::kDecodes && num_pending == 0 && x < item.num_rows) {
     own = unit_of_row<S>(plan, class_rows, item, item.row_begin + x);
-    announces |=
-        x > 0 && unit_of_row<S>(plan, class_rows, item, item.row_begin + x - 1).unit != own.unit;
+    is_open =
+        x == 0 || unit_of_row<S>(plan, class_rows, item, item.row_begin + x - 1).unit != own.unit;
   }
-  if (announces) {
-    const MergeUnit unit = plan.units[own.unit];
-    if (ptx::arrive(p.arrivals + own.unit, unit.expected)) {
-      units[atomicAdd(&done.count, 1)] = own;
-      atomicMax(&done.most_rows, unit.num_rows);
+  int32_t* const counter = p.arrivals + own.unit;
+  const MergeUnit unit = is_open ? plan.units[own.unit] : MergeUnit{};
+  bool is_complete = is_open && (S::kDecodes ? ptx::arrive_last(counter, unit.expected)
+                                             : ptx::arrive(counter) == unit.expected);
+  const uint32_t begin = ptx::cycles();
+  // Units of a warp. Those of a decoded token each merge together in the time of one.
+  int most = num_pending > 0 ? max_int(1, 16 / S::kGroupSize) : waits ? 1 : 32;
+  while (true) {
+    if (x == 0) done.count = done.most_rows = 0;
+    __syncthreads();
+    if (is_complete_and_mine<S>(is_complete, most)) {
+      if (S::kDecodes || ptx::claim(counter, unit.expected)) {
+        units[atomicAdd(&done.count, 1)] = own;
+        atomicMax(&done.most_rows, unit.num_rows);
+      }
     }
-  }
-  __syncthreads();
-  if (done.count > 0) {
-    merge_units<S, V, kMaxRows, kThreads>(p, plan_of(p), class_rows, done, units, item.kv_head);
+    __syncthreads();
+    if (done.count > 0) {
+      merge_units<S, V, kMaxRows, kThreads>(p, plan_of(p), class_rows, done, units);
+      most *= 2;
+    }
+    if constexpr (S::kDecodes) return;
+    if (is_open) {
+      const int32_t count = ptx::arrivals(counter);
+      is_open = count > 0;
+      is_complete = count == unit.expected;
+    }
+    const bool is_in_time = waits && ptx::cycles() - begin < kMostWait;
+    if (!__syncthreads_or(is_open && (is_complete || is_in_time))) return;
   }
 }
 
@@ -127,6 +179,11 @@ __device__ char* dynamic_shared() {
   }
 }
 
+// Whether tiles of a class hold all rows of their block, as all but those of the largest do, and
+// those of one decoded token.
+template <class T, int kMaxRows>
+constexpr bool kHoldsBlock = T::kRows == 16 || T::kRows < kMaxRows;
+
 // V is the variant; Tiles are the launch's tile classes in the planner's order.
 template <class S, class V, class... Tiles>
 __device__ void run(const KernelParams& p) {
@@ -141,6 +198,9 @@ __device__ void run(const KernelParams& p) {
   constexpr int kMaxRows = most_of(Tiles::kRows...);
   constexpr int kThreads = most_of(Tiles::kThreads...);
   __shared__ CompletedUnits done;
+  __shared__ PendingUnits<S> pending;
+  static_assert(sizeof(current) + sizeof(done) + sizeof(pending) <= kStaticBytes);
+  int num_pending = 0;
   const int first = __ldg(plan_of(p).cta_ptr + blockIdx.x);
   const int end = __ldg(plan_of(p).cta_ptr + blockIdx.x + 1);
   if (first == end) return;
@@ -160,12 +220,25 @@ __device__ void run(const KernelParams& p) {
     __syncthreads();
     if (current.left > 0) prefetch_item(p, current.end - current.left, current);
     int c = 0;
-    ((current.item.tile_class == c++ ? run_item<S, V, Tiles>(p, current, smem) : void()), ...);
-    if (current.item.partial_row >= 0) {
-      arrive_and_merge<S, V, kMaxRows, kThreads>(p, plan_of(p), class_rows, current.item, smem,
-                                                 done);
-    }
+    ((current.item.tile_class == c++
+          ? run_item<S, V, Tiles, kHoldsBlock<Tiles, kMaxRows>>(p, current, smem)
+          : void()),
+     ...);
     is_last = current.left == 0;
+    const WorkItem& item = current.item;
+    const bool is_of_node = !S::kDecodes && item.partial_row >= 0 && item.request < 0;
+    if (item.partial_row >= 0 && !is_of_node) {
+      if (ptx::thread_index() == 0) {
+        pending.units[num_pending] = {item.unit, item.request};
+      }
+      ++num_pending;
+    }
+    if (is_of_node || num_pending == PendingUnits<S>::kMost || (is_last && num_pending > 0)) {
+      const bool waits = !S::kDecodes && is_last && __ldg(&plan_of(p).header->num_nodes) > 0;
+      arrive_and_merge<S, V, kMaxRows, kThreads>(p, plan_of(p), class_rows, item, pending,
+                                                 num_pending, waits, smem, done);
+      num_pending = 0;
+    }
     __syncthreads();  // shared memory belongs to the next item
   } while (!is_last);
 }

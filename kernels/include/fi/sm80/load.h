@@ -260,8 +260,8 @@ constexpr int64_t kNoRow = -16;
 // Loads KV tiles through the page table in three steps, each a tile ahead of the next: fetch()
 // reads a tile's page ids, one token a thread; publish() turns them into offsets in shared memory;
 // load() starts the copies, 16 bytes a thread. Page ids so travel while the tensor cores work, and
-// no thread holds more than one of them in a register.
-template <class S, class T>
+// no thread holds more than one of them in a register. kReadsOnce: no other tile reads this KV.
+template <class S, class T, bool kReadsOnce>
 class KvLoader {
   using Element = typename S::KvElement;
   static constexpr SharedPlan kPlan = kShared<S, T>;
@@ -278,6 +278,8 @@ class KvLoader {
   static constexpr int kNextChunk = kSwizzles ? T::kKvTile * ptx::kSwizzledRow : kLanesPerRow * 16;
   static_assert(!kSwizzles || (kLanesPerRow == 8 && kRowsPerPass % 8 == 0));
   static_assert(T::kKvTile <= T::kThreads);
+  // KV that no other tile reads leaves the L2 to the rest.
+  static constexpr bool kEvictsFirst = kReadsOnce && S::kAligned;
 
  public:
   static constexpr int kPasses = (T::kKvTile + kRowsPerPass - 1) / kRowsPerPass;
@@ -340,14 +342,15 @@ class KvLoader {
     const uint32_t smem_v = smem + place + first_row * kRowV + kPlan.stage_k;
     const char* k = static_cast<const char*>(p_.kv.k) + lane * 16;
     const char* v = static_cast<const char*>(p_.kv.v) + lane * 16;
+    const uint64_t policy = kEvictsFirst ? ptx::evict_first() : 0;
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const int row = i * kRowsPerPass;
       if (T::kKvTile % kRowsPerPass != 0 && row + first_row >= T::kKvTile) continue;
       const RowOffsets at = offsets[row];  // its latency spaces the copies out; at once they stall
       const bool valid = at.k >= 0;
-      copy_row<kChunksK>(smem_k + row * kRowK, k + at.k, lane, valid);
-      copy_row<kChunksV>(smem_v + row * kRowV, v + at.v, lane, valid);
+      copy_row<kChunksK>(smem_k + row * kRowK, k + at.k, lane, valid, policy);
+      copy_row<kChunksV>(smem_v + row * kRowV, v + at.v, lane, valid, policy);
     }
   }
 
@@ -359,12 +362,16 @@ class KvLoader {
 
   // This lane's chunks of a row, from its first one on.
   template <int kChunks>
-  __device__ static void copy_row(uint32_t smem, const char* source, uint32_t lane, bool valid) {
+  __device__ static void copy_row(uint32_t smem, const char* source, uint32_t lane, bool valid,
+                                  uint64_t policy) {
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; chunk += kLanesPerRow) {
-      if (kChunks % kLanesPerRow == 0 || chunk + lane < kChunks) {
-        copy_chunk<S, Element>(smem + chunk / kLanesPerRow * kNextChunk, source + chunk * 16,
-                               valid);
+      if (kChunks % kLanesPerRow != 0 && chunk + lane >= kChunks) continue;
+      const uint32_t to = smem + chunk / kLanesPerRow * kNextChunk;
+      if constexpr (kEvictsFirst) {
+        ptx::cp_async_16(to, source + chunk * 16, valid, policy);
+      } else {
+        copy_chunk<S, Element>(to, source + chunk * 16, valid);
       }
     }
   }

@@ -82,17 +82,17 @@ struct RequestUnit {
   int unit, request;
 };
 
-// How many merge units an item completed, and the rows of the largest.
+// How many merge units a CTA completed at once, and the rows of the largest.
 struct CompletedUnits {
   int count, most_rows;
 };
 
-// Merges the units that an item completed, of one KV head, listed in shared memory. kMaxRows: of
-// the largest tile class. kThreads: of the CTA.
+// Merges the units that a CTA completed, listed in shared memory. kMaxRows: of the largest tile
+// class. kThreads: of the CTA.
 template <class S, class V, int kMaxRows, int kThreads, class ClassRows>
 __device__ inline void merge_units(const KernelParams& p, const PlanView& plan,
                                    ClassRows class_rows, const CompletedUnits& done,
-                                   const RequestUnit* units, int kv_head) {
+                                   const RequestUnit* units) {
   // Few rows have many splits and lanes enough for all their components. Many rows have few splits,
   // and what is worked out once for a row counts: weights, the address of its output. So it does in
   // kernels with tiles of 128 rows, but a third width of the sums would add a fifth to the time
@@ -108,11 +108,13 @@ __device__ inline void merge_units(const KernelParams& p, const PlanView& plan,
     const int index =
         static_cast<int>(static_cast<uint32_t>(at) / static_cast<uint32_t>(most_rows));
     const int row = at - index * most_rows;
-    const int unit_index = units[index].unit, request_index = units[index].request;
+    const auto [unit_index, request_index] = units[index];
     const MergeUnit& unit = plan.units[unit_index];
     if (row >= unit.num_rows) continue;
     const PlannedRequest& request = plan.requests[request_index];
-    const int tile_index = (unit_index - request.unit_base) - kv_head * request.num_tiles;
+    const uint32_t index_in_request = unit_index - request.unit_base;
+    const int kv_head = index_in_request / static_cast<uint32_t>(request.num_tiles);
+    const int tile_index = index_in_request - kv_head * request.num_tiles;
     const int packed = tile_index * class_rows(request.tile_class) + row;
     RowMerge<V::kSoftmax, kMaxQuads> merge;
     const int last = S::kDecodes ? request.link_begin : request.link_end;
