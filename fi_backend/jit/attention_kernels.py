@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,6 +12,7 @@ from fi_backend import _core
 from fi_backend.errors import Unsupported, require
 from fi_backend.formats import HeadShape
 from fi_backend.jit.kernels import HOPPER_SHARED_BYTES, DeviceKernel, bool_literal
+from fi_backend.jit.parts import Parts
 from fi_backend.variants import Variant
 from fi_backend.variants.source_text import device_structs, device_variant
 
@@ -126,8 +128,19 @@ def attention_kernel(spec: AttentionSpec) -> DeviceKernel:
     shared_bytes = _core.sm80_shared_bytes(
         spec.head_dim_qk, spec.head_dim_vo, spec.kv_dtype.itemsize, list(spec.tiles), spec.warps
     )
-    parts = ('#include "fi/sm80/kernel.h"\n', device_structs(functions), _entry(spec))
-    return DeviceKernel(_title(spec), ENTRY, "\n".join(filter(None, parts)), shared_bytes)
+    structs = device_structs(functions)
+
+    def unit(function: str, tiles: Sequence[tuple[int, int, int]]) -> str:
+        texts = ('#include "fi/sm80/kernel.h"\n', structs, _entry(spec, function, tiles))
+        return "\n".join(filter(None, texts))
+
+    parts = None
+    if len(spec.tiles) > 1:
+        works = tuple(
+            ("{}x{}x{}".format(*tile), unit("run_part", [tile, *spec.tiles])) for tile in spec.tiles
+        )
+        parts = Parts(unit("run_frame", spec.tiles), works)
+    return DeviceKernel(_title(spec), ENTRY, unit("run", spec.tiles), shared_bytes, parts)
 
 
 def _require_dtypes(spec: AttentionSpec) -> None:
@@ -143,7 +156,7 @@ def _require_dtypes(spec: AttentionSpec) -> None:
     require(served, "kv_dtype", rule, spec.kv_dtype, hint, kind=Unsupported)
 
 
-def _entry(spec: AttentionSpec) -> str:
+def _entry(spec: AttentionSpec, function: str, tiles: Sequence[tuple[int, int, int]]) -> str:
     shape = ", ".join(
         (
             _ELEMENTS[spec.dtype][0],
@@ -154,14 +167,13 @@ def _entry(spec: AttentionSpec) -> str:
             bool_literal(spec.decodes),
         )
     )
-    tiles = ",\n      ".join(
-        "Tile<{}, {}, {}, {}>".format(*tile, spec.warps) for tile in spec.tiles
-    )
+    names = ",\n      ".join("Tile<{}, {}, {}, {}>".format(*tile, spec.warps) for tile in tiles)
     return (
         f'extern "C" __global__ void __launch_bounds__({32 * spec.warps}, {spec.ctas_per_sm})\n'
         f"{ENTRY}(const __grid_constant__ fi::KernelParams p) {{\n"
         "  using namespace fi;\n  using namespace fi::sm80;\n"
-        f"  run<Shape<{shape}>,\n      {device_variant(spec.variant)},\n      {tiles}>(p);\n}}\n"
+        f"  {function}<Shape<{shape}>,\n      {device_variant(spec.variant)},\n"
+        f"      {names}>(p);\n}}\n"
     )
 
 

@@ -19,6 +19,7 @@ from fi_backend import _core
 from fi_backend.errors import CompileFailed, InvalidInput, Unsupported, contract_message, require
 from fi_backend.jit.cache import Built, default_cache
 from fi_backend.jit.nvrtc import compile_cubin, cubin_key
+from fi_backend.jit.parts import Parts, compile_in_parts, parts_key
 from fi_backend.jit.progress import Progress
 
 OLDEST_ARCH = (8, 0)  # cp.async and bf16 mma
@@ -44,12 +45,15 @@ class DeviceKernel:
         entry: name of the extern "C" __global__ function.
         source: translation unit that instantiates it.
         shared_bytes: dynamic shared memory of one CTA.
+        parts: the same kernel for a compilation in threads; None: it has one part. No part of the
+            identity: ``source`` decides them.
     """
 
     title: str = field(compare=False)
     entry: str
     source: str
     shared_bytes: int
+    parts: Parts | None = field(default=None, compare=False)
 
 
 def bool_literal(flag: bool) -> str:
@@ -72,7 +76,7 @@ def cubin_path(kernel: DeviceKernel, arch: str) -> Path:
     """
     try:
         options = _options()
-        key = cubin_key(kernel.source, arch, options)
+        key = _key(kernel, arch, options)
         return default_cache().get_or_build(key, lambda: _build(kernel, arch, options))
     except OSError as error:
         hint = "free space in the temporary folder, or set FI_CACHE_DIR and TMPDIR"
@@ -208,9 +212,16 @@ def _options() -> tuple[str, ...]:
     return ("-lineinfo",) if os.environ.get("FI_LINEINFO") == "1" else ()
 
 
+def _key(kernel: DeviceKernel, arch: str, options: tuple[str, ...]) -> str:
+    return cubin_key(kernel.source, arch, options, parts_key(kernel.parts))
+
+
 def _build(kernel: DeviceKernel, arch: str, options: tuple[str, ...]) -> Built:
     start = time.perf_counter()
-    cubin = compile_cubin(kernel.source, arch, options, kernel.title)
+    if kernel.parts is None:
+        cubin = compile_cubin(kernel.source, arch, options, kernel.title)
+    else:
+        cubin = compile_in_parts(kernel.source, kernel.parts, arch, options, kernel.title)
     seconds = time.perf_counter() - start
     logger.info("compiled %s for %s in %.2f s", kernel.title, arch, seconds)
     return Built(cubin.image, f"{kernel.title} {arch}", cubin.log)
@@ -218,7 +229,7 @@ def _build(kernel: DeviceKernel, arch: str, options: tuple[str, ...]) -> Built:
 
 def _is_cached(kernel: DeviceKernel, arch: str) -> bool:
     try:
-        return default_cache().get(cubin_key(kernel.source, arch, _options())) is not None
+        return default_cache().get(_key(kernel, arch, _options())) is not None
     except OSError:  # the build will say what is wrong with the folder
         return False
 

@@ -63,13 +63,27 @@ class Cubin:
         return sorted(set(_ASSEMBLER_ADVICE.findall(self.log)))
 
 
-def cubin_key(source: str, arch: str, options: Sequence[str] = ()) -> str:
+@dataclass(frozen=True)
+class Ptx:
+    """PTX and what the compiler said about it."""
+
+    text: str
+    log: str
+
+
+def cubin_key(source: str, arch: str, options: Sequence[str] = (), more: Sequence[str] = ()) -> str:
     """Return the hash of everything that machine code depends on; file-name-safe.
+
+    Args:
+        source: as in ``compile_cubin``.
+        arch: as in ``compile_cubin``.
+        options: as in ``compile_cubin``.
+        more: what else it depends on; the headers are those of ``source``.
 
     Raises:
         Unsupported: no NVRTC, or no CUDA headers, on this machine.
     """
-    parts = [source, arch, *FLAGS, *options, compiler_identity(), headers_hash(source)]
+    parts = [source, arch, *FLAGS, *options, compiler_identity(), headers_hash(source), *more]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -91,7 +105,11 @@ def compiler_identity() -> str:
 
 
 def compile_cubin(
-    source: str, arch: str, options: Sequence[str] = (), title: str = "source"
+    source: str,
+    arch: str,
+    options: Sequence[str] = (),
+    title: str = "source",
+    more: Sequence[str] = (),
 ) -> Cubin:
     """Compile device code to machine code; safe to call from many threads at once.
 
@@ -100,6 +118,7 @@ def compile_cubin(
         arch: such as "sm_90a"; wgmma needs exactly that.
         options: further NVRTC options.
         title: what it is, for messages.
+        more: as in ``cubin_key``, for messages.
 
     Returns:
         The cubin and the compiler's report.
@@ -109,6 +128,43 @@ def compile_cubin(
         CompileFailed: the source does not compile; the message has the key, the command, the log
             and the source.
     """
+    try:
+        return Cubin(*_compile(source, arch, options, "CUBIN"))
+    except _Refused as refused:
+        raise refused.failure(title, cubin_key(source, arch, options, more), source) from refused
+
+
+def compile_ptx(source: str, arch: str, title: str = "source") -> Ptx:
+    """Compile device code to PTX, which is the larger half of compiling it.
+
+    Arguments and failures are those of ``compile_cubin``.
+    """
+    virtual = arch.replace("sm_", "compute_")
+    try:
+        text, log = _compile(source, virtual, (), "PTX")
+    except _Refused as refused:
+        raise refused.failure(title, cubin_key(source, virtual), source) from refused
+    return Ptx(text.rstrip(b"\0").decode(), log)
+
+
+class _Refused(Exception):
+    """The compiler refused a source: why, called with what, its log."""
+
+    def __init__(self, reason: str, flags: Sequence[str], log: str) -> None:
+        super().__init__(reason)
+        self._command, self._log = f"nvrtc {shlex.join(flags)} fi.cu", log
+
+    def failure(self, title: str, key: str, source: str) -> CompileFailed:
+        rule, hint = "device code that compiles", "the log says why"
+        sentence = contract_message(title, rule, str(self), hint)
+        return CompileFailed(
+            f"{sentence}\nkey: {key}\ncommand: {self._command}\n"
+            f"log:\n{self._log}\nsource:\n{source}"
+        )
+
+
+def _compile(source: str, arch: str, options: Sequence[str], what: str) -> tuple[bytes, str]:
+    """Return ``what`` of a source, as NVRTC calls it, and the log."""
     library, include_folders = _load()
     flags = [f"--gpu-architecture={arch}", *FLAGS, *options]
     flags += [f"-I{folder}" for folder in include_folders]
@@ -129,13 +185,8 @@ def compile_cubin(
         code = library.nvrtcCompileProgram(program, len(flags), _strings(flags))
         log = _read(library, program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
         if code:
-            rule, hint = "device code that compiles", "the log says why"
-            sentence = contract_message(title, rule, _reason(library, code), hint)
-            raise CompileFailed(
-                f"{sentence}\nkey: {cubin_key(source, arch, options)}\n"
-                f"command: nvrtc {shlex.join(flags)} fi.cu\nlog:\n{log}\nsource:\n{source}"
-            )
-        return Cubin(_read(library, program, "CUBIN"), log)
+            raise _Refused(_reason(library, code), flags, log)
+        return _read(library, program, what), log
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 

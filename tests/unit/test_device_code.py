@@ -20,6 +20,7 @@ from fi_backend.formats import HeadShape
 from fi_backend.jit.attention_kernels import AttentionSpec, attention_kernel, attention_spec
 from fi_backend.jit.kernels import DeviceKernel, cubin_path, shared_bytes_of_arch
 from fi_backend.jit.nvrtc import Cubin, compile_cubin
+from fi_backend.jit.parts import IN_PARTS
 from fi_backend.variants import Scalar, Variant, shipped
 from fi_backend.variants.printer import content_key
 
@@ -161,6 +162,8 @@ def cached_cubin(case: Case) -> Cubin:
 def test_compiles_without_spills(case: Case, compiled: Compiled) -> None:
     cubin = compiled(case)
     assert cubin.image.startswith(b"\x7fELF")
+    assert f".text.{case.kernel.entry}\0".encode() in cubin.image
+    assert (IN_PARTS in cubin.log) == (len(case.spec.tiles) > 1)
     assert (cubin.spill_bytes, cubin.stack_bytes, cubin.advice) == (0, 0, []), cubin.log
     assert cubin.registers > 0
     assert "warning" not in cubin.log

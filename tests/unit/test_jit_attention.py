@@ -52,6 +52,14 @@ def test_the_text_of_plain_attention() -> None:
         "      Tile<64, 64, 2, 4>>(p);\n"
         "}\n"
     )
+    assert kernel.parts is not None
+    assert kernel.parts.frame == kernel.source.replace("  run<", "  run_frame<")
+    small, large = kernel.parts.works
+    work = kernel.source.replace("  run<", "  run_part<")
+    first, second = "      Tile<16, 64, 2, 4>,\n", "      Tile<64, 64, 2, 4>,\n"
+    assert small == ("16x64x2", work.replace(first, first + first))
+    assert large == ("64x64x2", work.replace(first, second + first))
+    assert attention_kernel(replace(PLAIN, tiles=PLAIN.tiles[:1])).parts is None
     assert kernel.entry == "fi_attention"
     assert kernel.title == "attention d128 g4 bf16 kv bf16 16x64+64x64 softmax plain"
     assert attention_kernel(replace(PLAIN)) is kernel

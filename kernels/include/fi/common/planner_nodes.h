@@ -70,7 +70,8 @@ class NodePasses {
     const int32_t before =
         p.num_kv_heads.value * first + head * count + (is_node ? 0 : num_tiles());
     const int32_t step = tiles_.steps_within(in_head, c);
-    if (step > 0 && tiles_.is_short_rest(tile_cost - in_head, c)) return {before + tile + 1, 0, 0, 0};
+    if (step > 0 && tiles_.is_short_rest(tile_cost - in_head, c))
+      return {before + tile + 1, 0, 0, 0};
     return {before + tile, step, 0, 0};
   }
 

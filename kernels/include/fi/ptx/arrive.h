@@ -1,4 +1,5 @@
-// Counting who has arrived, across CTAs, and who takes what they left. PTX ISA 9.7.13 (atom), 8 (memory consistency).
+// Counting who has arrived, across CTAs, and who takes what they left. PTX ISA 9.7.13 (atom), 8
+// (memory consistency).
 #pragma once
 
 #include "fi/core/types.h"
@@ -17,8 +18,8 @@ __device__ inline int32_t arrive(int32_t* counter) {
   return before + 1;
 }
 
-// The same, true for the last of `expected`, who resets the counter for the next launch. Nobody else
-// may look at it.
+// The same, true for the last of `expected`, who resets the counter for the next launch. Nobody
+// else may look at it.
 __device__ inline bool arrive_last(int32_t* counter, int32_t expected) {
   if (arrive(counter) != expected) return false;
   *counter = 0;

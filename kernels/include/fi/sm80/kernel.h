@@ -7,6 +7,37 @@
 
 namespace fi::sm80 {
 
+// The launch's shared memory. Alignment may cost a CTA as much: only where swizzled rows need it.
+template <bool kSwizzles>
+__device__ char* dynamic_shared() {
+  if constexpr (kSwizzles) {
+    extern __shared__ __align__(ptx::kSwizzleAtom) char smem_of_atoms[];
+    return smem_of_atoms;
+  } else {
+    extern __shared__ __align__(16) char smem[];
+    return smem;
+  }
+}
+
+// Where tiles lie for products by warpgroups: the launch's shared memory by another name, as all
+// such arrays begin at the same address. Read anew at every call, on purpose: descriptors are made
+// in uniform registers, and what lives in a vector register would be moved there for each product.
+extern "C" {
+extern __shared__ __align__(ptx::kSwizzleAtom) char fi_smem_of_products[];
+}
+__device__ inline uint32_t shared_of_products() {
+  uint32_t address;
+  asm volatile("mov.u32 %0, fi_smem_of_products;" : "=r"(address) : "l"(fi_smem_of_products));
+  __builtin_assume(address % ptx::kSwizzleAtom == 0);
+  return address;
+}
+
+// What the CTA works on.
+__device__ inline CurrentItem& current_item() {
+  __shared__ CurrentItem current;
+  return current;
+}
+
 // kReadsOnce: the tile holds all rows of its block.
 template <class S, class V, class T, bool kReadsOnce>
 __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem) {
@@ -61,7 +92,9 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     if constexpr (V::kTurns) {
       Rotator<S, V, T>(p, current, rows, smem_q).turn(loader.tiles(), t, stage(t));
     }
-    loop.tile(smem_q, stage(t), loader.tiles().begin(t), loader.tiles().end(t), state);
+    const uint32_t products = kByWarpgroups<S, T> ? shared_of_products() : smem_q;
+    loop.tile(products, products + kPlan.stages + t % T::kStages * kPlan.stage_bytes,
+              loader.tiles().begin(t), loader.tiles().end(t), state);
     loader.publish(next + 1, page);
   }
   ptx::cp_async_wait<0>();
@@ -97,8 +130,8 @@ struct PendingUnits {
   RequestUnit units[kMost];
 };
 
-// Of the threads of a warp whose units are complete, the first `most`; every CTA counts from another
-// one.
+// Of the threads of a warp whose units are complete, the first `most`; every CTA counts from
+// another one.
 template <class S>
 __device__ bool is_complete_and_mine(bool is_complete, int most) {
   const uint32_t complete = __ballot_sync(0xffffffff, is_complete);
@@ -167,17 +200,24 @@ __device__ void arrive_and_merge(const KernelParams& p, const PlanView& plan, Cl
   }
 }
 
-// The launch's shared memory. Alignment may cost a CTA as much: only where swizzled rows need it.
-template <bool kSwizzles>
-__device__ char* dynamic_shared() {
-  if constexpr (kSwizzles) {
-    extern __shared__ __align__(ptx::kSwizzleAtom) char smem_of_atoms[];
-    return smem_of_atoms;
-  } else {
-    extern __shared__ __align__(16) char smem[];
-    return smem;
+// An item's work where the kernel is compiled in one piece...
+struct InPlace {
+  template <class S, class V, class T, bool kReadsOnce>
+  __device__ static void run(const KernelParams& p, CurrentItem& current, char* smem) {
+    run_item<S, V, T, kReadsOnce>(p, current, smem);
   }
-}
+};
+
+// ...and where each class's work is compiled by itself: a comment, which names the class, gives way
+// to it (jit/parts.py). The operand tells that what is written to the item is read there.
+struct Apart {
+  template <class S, class V, class T, bool kReadsOnce>
+  __device__ static void run(const KernelParams&, CurrentItem& current, char*) {
+    asm volatile("// fi_part %1x%2x%3" ::"r"(ptx::shared_address(&current)), "n"(T::kRows),
+                 "n"(T::kKvTile), "n"(T::kStages)
+                 : "memory");
+  }
+};
 
 // Whether tiles of a class hold all rows of their block, as all but those of the largest do, and
 // those of one decoded token.
@@ -185,10 +225,10 @@ template <class T, int kMaxRows>
 constexpr bool kHoldsBlock = T::kRows == 16 || T::kRows < kMaxRows;
 
 // V is the variant; Tiles are the launch's tile classes in the planner's order.
-template <class S, class V, class... Tiles>
-__device__ void run(const KernelParams& p) {
+template <class Work, class S, class V, class... Tiles>
+__device__ void run_items(const KernelParams& p) {
   char* const smem = dynamic_shared<(kByWarpgroups<S, Tiles> || ...)>();
-  __shared__ CurrentItem current;
+  CurrentItem& current = current_item();
   // Rows of a tile class without an array, which would live in local memory.
   const auto class_rows = [](int tile_class) {
     int c = 0, rows = 0;
@@ -219,9 +259,11 @@ __device__ void run(const KernelParams& p) {
     advance_item<S, V::kRolls>(p, current);
     __syncthreads();
     if (current.left > 0) prefetch_item(p, current.end - current.left, current);
+    // The same of all lanes, by a way that shows it: uniform registers are kept through the work.
+    const int own_class = __shfl_sync(0xffffffff, current.item.tile_class, 0);
     int c = 0;
-    ((current.item.tile_class == c++
-          ? run_item<S, V, Tiles, kHoldsBlock<Tiles, kMaxRows>>(p, current, smem)
+    ((own_class == c++
+          ? Work::template run<S, V, Tiles, kHoldsBlock<Tiles, kMaxRows>>(p, current, smem)
           : void()),
      ...);
     is_last = current.left == 0;
@@ -241,6 +283,27 @@ __device__ void run(const KernelParams& p) {
     }
     __syncthreads();  // shared memory belongs to the next item
   } while (!is_last);
+}
+
+// The kernel.
+template <class S, class V, class... Tiles>
+__device__ void run(const KernelParams& p) {
+  run_items<InPlace, S, V, Tiles...>(p);
+}
+
+// The kernel without the work of its classes...
+template <class S, class V, class... Tiles>
+__device__ void run_frame(const KernelParams& p) {
+  run_items<Apart, S, V, Tiles...>(p);
+}
+
+// ...and the work of one, T. The operand stands for what the frame writes.
+template <class S, class V, class T, class... Tiles>
+__device__ void run_part(const KernelParams& p) {
+  CurrentItem& current = current_item();
+  asm volatile("// the current item" ::"r"(ptx::shared_address(&current)) : "memory");
+  constexpr bool kReadsOnce = kHoldsBlock<T, most_of(Tiles::kRows...)>;
+  run_item<S, V, T, kReadsOnce>(p, current, dynamic_shared<kByWarpgroups<S, T>>());
 }
 
 }  // namespace fi::sm80
