@@ -291,9 +291,12 @@ class WarpLoop {
   }
 
   __device__ bool crosses_band(int kv_begin, int kv_end) const {
-    const int q_min = current_.box.q_pos_min, q_max = current_.box.q_pos_max;
-    const int end = min_i32(kv_end, q_min + reach(p_.band.right) + 1);
-    return (kv_begin + kStepCols<S, V, T> > end) | (kv_begin < q_max - reach(p_.band.left));
+    const Band& band = p_.band;
+    const int end = kv_begin + kStepCols<S, V, T>;
+    if (end > kv_end || (band.right >= 0 && end > current_.box.q_pos_min + band.right + 1)) {
+      return true;
+    }
+    return band.left >= 0 && kv_begin < current_.box.q_pos_max - band.left;
   }
 
   __device__ void apply_band(int kv_begin, int kv_end, int b, float (&s)[kColBlocks][4]) const {
