@@ -375,19 +375,13 @@ __device__ inline void merge_warps(const KernelParams& p, const WorkItem& item,
   });
   __syncthreads();
   const RowTarget<S, V> target(p, item.kv_head, item.partial_row);
-  const auto finish_quad = [&](int at) {
+#pragma unroll 1
+  for (int at = thread; at < item.num_rows * kQuads; at += T::kThreads) {
     const int row = at / kQuads, d = at % kQuads * 4;
     float4 total;
     const RowSum sum = add_warps<S, T, V::kSoftmax>(o + row * kPitch, d, total);
     const float factor = target.finish_row(row, rows[row], sum, d == 0);
     write_quad<S, V>(target, row, rows[row], d, factor, total);
-  };
-  const int num_quads = item.num_rows * kQuads;
-  if constexpr (S::kDecodes && are_few<S, T::kThreads>(S::kGroupSize)) {
-    if (thread < num_quads) finish_quad(thread);
-  } else {
-#pragma unroll 1
-    for (int at = thread; at < num_quads; at += T::kThreads) finish_quad(at);
   }
 }
 

@@ -91,7 +91,9 @@ __device__ inline void merge_row(const KernelParams& p, const PlanView& plan, Cl
       const NodeLink& link = plan.links[request.link_begin + n];
       states = states_in_node(plan, class_rows, link, kv_head, packed);
     }
-    if (kMaxQuads == 1 || share.quads == 1) {
+    if constexpr (S::kDecodes) {
+      add_states<S, kMaxQuads, 16 / kMaxQuads>(p, states, share.lane, merge);
+    } else if (share.quads == 1) {
       add_states<S, 1, 16>(p, states, share.lane, merge);
     } else if (kMaxQuads == 4 || share.quads == 4) {
       add_states<S, 4, 4>(p, states, share.lane, merge);
@@ -115,10 +117,15 @@ template <class S, class V, int kMaxRows, int kThreads, class ClassRows>
 __device__ inline void merge_units(const KernelParams& p, const PlanView& plan,
                                    ClassRows class_rows, const CompletedUnits& done,
                                    const RequestUnit* units, int kv_head) {
-  // A decode completes one unit, and all rows of it have lanes for all their components.
-  if constexpr (S::kDecodes && are_few<S, kThreads>(S::kGroupSize)) {
-    const RowShare share = share_rows<S, kThreads, 1>();
-    merge_row<S, V, 1>(p, plan, class_rows, units[0], kv_head, share.row, share);
+  if constexpr (S::kDecodes) {  // one unit, and lanes for all components of a group's rows
+    constexpr int kQuads = are_few<S, kThreads>(S::kGroupSize)       ? 1
+                           : are_few<S, 2 * kThreads>(S::kGroupSize) ? 2
+                                                                     : 4;
+    const RowShare share = share_rows<S, kThreads, kQuads>();
+#pragma unroll 1
+    for (int row = share.row; row < done.most_rows; row += share.rows_at_once) {
+      merge_row<S, V, kQuads>(p, plan, class_rows, units[0], kv_head, row, share);
+    }
     return;
   }
   // Few rows have many splits and lanes enough for all their components. Many rows have few splits,
