@@ -5,26 +5,27 @@
 
 namespace fi::ptx {
 
-// 4 and 16 bytes of global memory past L1; `otherwise`, or zeros, and no access when !exists.
-__device__ inline float load_4(const float* at, bool exists, float otherwise) {
+// Element `index` of `count`, of 4 or 16 bytes in global memory and past L1. One that does not exist
+// is `otherwise`, or zeros, and costs no access.
+__device__ inline float load_4(const float* at, int index, int count, float otherwise) {
   float x;
   asm volatile(
       "{\n"
       ".reg .pred exists;\n"
-      "setp.ne.u32 exists, %2, 0;\n"
-      "mov.f32 %0, %3;\n"
+      "setp.lt.s32 exists, %2, %3;\n"
+      "mov.f32 %0, %4;\n"
       "@exists ld.global.cg.f32 %0, [%1];\n"
       "}\n"
       : "=f"(x)
-      : "l"(at), "r"(static_cast<uint32_t>(exists)), "f"(otherwise));
+      : "l"(at), "r"(index), "r"(count), "f"(otherwise));
   return x;
 }
-__device__ inline float4 load_16(const float4* at, bool exists) {
+__device__ inline float4 load_16(const float4* at, int index, int count) {
   float4 x;
   asm volatile(
       "{\n"
       ".reg .pred exists;\n"
-      "setp.ne.u32 exists, %5, 0;\n"
+      "setp.lt.s32 exists, %5, %6;\n"
       "mov.f32 %0, 0f00000000;\n"
       "mov.f32 %1, 0f00000000;\n"
       "mov.f32 %2, 0f00000000;\n"
@@ -32,7 +33,7 @@ __device__ inline float4 load_16(const float4* at, bool exists) {
       "@exists ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n"
       "}\n"
       : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-      : "l"(at), "r"(static_cast<uint32_t>(exists)));
+      : "l"(at), "r"(index), "r"(count));
   return x;
 }
 

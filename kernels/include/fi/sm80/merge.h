@@ -34,11 +34,11 @@ __device__ inline void add_states(const KernelParams& p, const States& states, i
     float4 o[kBatch][kQuads];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      lse[i] = kSoftmax ? ptx::load_4(lse_at, i < left, neg_infinity()) : 0.0f;
+      lse[i] = kSoftmax ? ptx::load_4(lse_at, i, left, neg_infinity()) : 0.0f;
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) {
         const bool is_of_row = kQuadsOfRow % kQuads == 0 || lane + q * kLanes < kQuadsOfRow;
-        o[i][q] = ptx::load_16(o_at + q * kLanes, i < left && is_of_row);
+        o[i][q] = ptx::load_16(o_at + q * kLanes, i, is_of_row ? left : 0);
       }
       lse_at += states.stride;
       o_at += next_o;
