@@ -34,14 +34,14 @@ struct RowMerge {
   float sum = 0.0f;
   float4 total[kMaxQuads] = {};
 
-  // A group of states, of which the first `count` exist.
+  // A group of states. One that does not exist has an lse of -inf, and zeros.
   template <int kGroup, int kQuads>
-  __device__ void add(float (&lse_log2)[kGroup], const float4 (&o)[kGroup][kQuads], int count) {
-    rescale<kQuads>(weigh(lse_log2, count));
+  __device__ void add(const float* lse_log2, const float4 (*o)[kQuads]) {
+    float weights[kGroup];
+    rescale<kQuads>(weigh(lse_log2, weights));
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      if (i >= count) break;
-      const float w = kSoftmax ? lse_log2[i] : 1.0f;
+      const float w = weights[i];
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) {
         float4& t = total[q];
@@ -51,23 +51,23 @@ struct RowMerge {
     }
   }
 
-  // Makes weights of a group's lse; returns what is left of the weight of all states before.
+  // The weights of a group; returns what is left of the weight of all states before.
   template <int kGroup>
-  __device__ float weigh(float (&lse_log2)[kGroup], int count) {
-    if constexpr (!kSoftmax) return 1.0f;
+  __device__ float weigh(const float* lse_log2, float (&weights)[kGroup]) {
     float new_top = top;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      if (i >= count) lse_log2[i] = neg_infinity();
+      weights[i] = 1.0f;
       new_top = max_nan(new_top, lse_log2[i]);  // a NaN state shows in the result
     }
+    if constexpr (!kSoftmax) return 1.0f;
     const float base = new_top == neg_infinity() ? 0.0f : new_top;  // nothing seen: weights of 0
     const float keep = exp2_approx(top - base);
     sum = __fmul_rn(sum, keep);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      lse_log2[i] = exp2_approx(lse_log2[i] - base);
-      sum = __fadd_rn(sum, lse_log2[i]);
+      weights[i] = exp2_approx(lse_log2[i] - base);
+      sum = __fadd_rn(sum, weights[i]);
     }
     top = new_top;
     return keep;

@@ -43,9 +43,14 @@ struct ElementOps<BFloat16> {
   // bits with bias 7; shifted into place they read as a bf16 2^120 too small, denormals included.
   // A NaN of the cache comes out as 480.
   static __device__ uint32_t widen_e4m3(uint32_t bytes) {
-    const uint32_t bits = (bytes & 0x80008000) | ((bytes >> 4) & 0x07f007f0);
     uint32_t pair;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(bits), "r"(0x7b807b80), "r"(0x80008000));
+    asm("{\n.reg .b32 bits, scale, zero;\n"
+        "shr.b32 bits, %1, 4;\nand.b32 bits, bits, 0x07f007f0;\n"
+        "lop3.b32 bits, %1, 0x80008000, bits, 0xea;\n"  // a & b | c
+        "mov.b32 scale, 0x7b807b80;\nmov.b32 zero, 0x80008000;\n"
+        "fma.rn.bf16x2 %0, bits, scale, zero;\n}\n"
+        : "=r"(pair)
+        : "r"(bytes));
     return pair;
   }
 };
@@ -70,9 +75,14 @@ struct ElementOps<Float16> {
 
   // As above; an fp16 read from these bits is 2^8 too small.
   static __device__ uint32_t widen_e4m3(uint32_t bytes) {
-    const uint32_t bits = (bytes & 0x80008000) | ((bytes >> 1) & 0x3f803f80);
     uint32_t pair;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(bits), "r"(0x5c005c00));
+    asm("{\n.reg .b32 bits, scale;\n"
+        "shr.b32 bits, %1, 1;\nand.b32 bits, bits, 0x3f803f80;\n"
+        "lop3.b32 bits, %1, 0x80008000, bits, 0xea;\n"
+        "mov.b32 scale, 0x5c005c00;\n"
+        "mul.rn.f16x2 %0, bits, scale;\n}\n"
+        : "=r"(pair)
+        : "r"(bytes));
     return pair;
   }
 };

@@ -173,6 +173,15 @@ __device__ inline void write_quad(const RowTarget<S, V>& target, int row, const 
   }
 }
 
+// Four components of a partial state, and its lse by the lane that has the first.
+template <class S>
+__device__ inline void write_state(const KernelParams& p, int at, int d, RowSum sum, float4 o) {
+  float* to = p.partial_o + static_cast<int64_t>(at) * S::kHeadDimVo + d;
+  const float factor = sum.inverse;
+  *reinterpret_cast<float4*>(to) = {o.x * factor, o.y * factor, o.z * factor, o.w * factor};
+  if (d == 0) p.partial_lse[at] = sum.lse_log2;
+}
+
 // Rows of a warp from the place of their queries to `out`, 16 bytes a lane: a lane's own components
 // are too short to fill sectors of memory.
 template <class S, class T>
@@ -374,14 +383,18 @@ __device__ inline void merge_warps(const KernelParams& p, const WorkItem& item,
                     [&](int d, const float (&x)[kRun<S>]) { store_floats<true>(to + d, x); });
   });
   __syncthreads();
-  const RowTarget<S, V> target(p, item.kv_head, item.partial_row);
 #pragma unroll 1
   for (int at = thread; at < item.num_rows * kQuads; at += T::kThreads) {
     const int row = at / kQuads, d = at % kQuads * 4;
     float4 total;
     const RowSum sum = add_warps<S, T, V::kSoftmax>(o + row * kPitch, d, total);
-    const float factor = target.finish_row(row, rows[row], sum, d == 0);
-    write_quad<S, V>(target, row, rows[row], d, factor, total);
+    if (item.partial_row >= 0) {
+      write_state<S>(p, item.partial_row + row, d, sum, total);
+    } else {
+      const RowTarget<S, V> target(p, item.kv_head, -1);
+      const float factor = target.finish_row(row, rows[row], sum, d == 0);
+      write_quad<S, V>(target, row, rows[row], d, factor, total);
+    }
   }
 }
 

@@ -122,13 +122,28 @@ __device__ inline RequestUnit unit_of_row(const PlanView& plan, ClassRows class_
 
 // Merge units of request items whose states are written and not announced yet. They are announced
 // together when the CTA has done its span: prefixes, which come first in the order of items, are
-// mostly done by then, and a CTA merges its own requests at once. Without prefixes a span's first
-// and last item at most have states.
-template <class S>
+// mostly done by then, and a CTA merges its own requests at once.
 struct PendingUnits {
-  static constexpr int kMost = S::kDecodes ? 2 : 8;
+  static constexpr int kMost = 8;
   RequestUnit units[kMost];
 };
+
+// Where there are no prefixes: announces an item's partial state to its merge unit, and merges that
+// if no state of it is missing.
+template <class S, class V, int kThreads, class ClassRows>
+__device__ void arrive_and_merge_one(const KernelParams& p, const PlanView& plan,
+                                     ClassRows class_rows, const WorkItem& item,
+                                     CompletedUnits& done) {
+  __syncthreads();  // the state is written
+  if (ptx::thread_index() == 0) {
+    const MergeUnit unit = plan.units[item.unit];
+    done.count = ptx::arrive_last(p.arrivals + item.unit, unit.expected);
+    done.most_rows = unit.num_rows;
+  }
+  __syncthreads();
+  if (done.count == 0) return;
+  merge_unit<S, V, kThreads>(p, plan_of(p), class_rows, {item.unit, item.request}, done.most_rows);
+}
 
 // Of the threads of a warp whose units are complete, the first `most`; every CTA counts from
 // another one.
@@ -154,24 +169,23 @@ constexpr uint32_t kMostWait = 15000;
 // announced are complete, and claim some, each from another one on.
 template <class S, class V, int kMaxRows, int kThreads, class ClassRows>
 __device__ void arrive_and_merge(const KernelParams& p, const PlanView& plan, ClassRows class_rows,
-                                 const WorkItem& item, const PendingUnits<S>& pending,
-                                 int num_pending, bool waits, char* smem, CompletedUnits& done) {
+                                 const WorkItem& item, const PendingUnits& pending, int num_pending,
+                                 bool waits, char* smem, CompletedUnits& done) {
   static_assert(kMaxRows <= kThreads, "a thread for each row");
-  static_assert(PendingUnits<S>::kMost <= kThreads, "a thread for each unit");
+  static_assert(PendingUnits::kMost <= kThreads, "a thread for each unit");
   const int x = static_cast<int>(ptx::thread_index());
   auto* units = reinterpret_cast<RequestUnit*>(smem);
   __syncthreads();  // the states are written, the pending units listed
   bool is_open = x < num_pending;
   RequestUnit own = is_open ? pending.units[x] : RequestUnit{};
-  if (!S::kDecodes && num_pending == 0 && x < item.num_rows) {
+  if (num_pending == 0 && x < item.num_rows) {
     own = unit_of_row<S>(plan, class_rows, item, item.row_begin + x);
     is_open =
         x == 0 || unit_of_row<S>(plan, class_rows, item, item.row_begin + x - 1).unit != own.unit;
   }
   int32_t* const counter = p.arrivals + own.unit;
   const MergeUnit unit = is_open ? plan.units[own.unit] : MergeUnit{};
-  bool is_complete = is_open && (S::kDecodes ? ptx::arrive_last(counter, unit.expected)
-                                             : ptx::arrive(counter) == unit.expected);
+  bool is_complete = is_open && ptx::arrive(counter) == unit.expected;
   const uint32_t begin = ptx::cycles();
   // Units of a warp. Those of a decoded token each merge together in the time of one.
   int most = num_pending > 0 ? max_int(1, 16 / S::kGroupSize) : waits ? 1 : 32;
@@ -179,7 +193,7 @@ __device__ void arrive_and_merge(const KernelParams& p, const PlanView& plan, Cl
     if (x == 0) done.count = done.most_rows = 0;
     __syncthreads();
     if (is_complete_and_mine<S>(is_complete, most)) {
-      if (S::kDecodes || ptx::claim(counter, unit.expected)) {
+      if (ptx::claim(counter, unit.expected)) {
         units[atomicAdd(&done.count, 1)] = own;
         atomicMax(&done.most_rows, unit.num_rows);
       }
@@ -189,7 +203,6 @@ __device__ void arrive_and_merge(const KernelParams& p, const PlanView& plan, Cl
       merge_units<S, V, kMaxRows, kThreads>(p, plan_of(p), class_rows, done, units);
       most *= 2;
     }
-    if constexpr (S::kDecodes) return;
     if (is_open) {
       const int32_t count = ptx::arrivals(counter);
       is_open = count > 0;
@@ -238,7 +251,7 @@ __device__ void run_items(const KernelParams& p) {
   constexpr int kMaxRows = most_of(Tiles::kRows...);
   constexpr int kThreads = most_of(Tiles::kThreads...);
   __shared__ CompletedUnits done;
-  __shared__ PendingUnits<S> pending;
+  __shared__ PendingUnits pending;
   static_assert(sizeof(current) + sizeof(done) + sizeof(pending) <= kStaticBytes);
   int num_pending = 0;
   const int first = __ldg(plan_of(p).cta_ptr + blockIdx.x);
@@ -268,18 +281,22 @@ __device__ void run_items(const KernelParams& p) {
      ...);
     is_last = current.left == 0;
     const WorkItem& item = current.item;
-    const bool is_of_node = !S::kDecodes && item.partial_row >= 0 && item.request < 0;
-    if (item.partial_row >= 0 && !is_of_node) {
-      if (ptx::thread_index() == 0) {
-        pending.units[num_pending] = {item.unit, item.request};
+    if constexpr (S::kDecodes) {
+      if (item.partial_row >= 0) {
+        arrive_and_merge_one<S, V, kThreads>(p, plan_of(p), class_rows, item, done);
       }
-      ++num_pending;
-    }
-    if (is_of_node || num_pending == PendingUnits<S>::kMost || (is_last && num_pending > 0)) {
-      const bool waits = !S::kDecodes && is_last && __ldg(&plan_of(p).header->num_nodes) > 0;
-      arrive_and_merge<S, V, kMaxRows, kThreads>(p, plan_of(p), class_rows, item, pending,
-                                                 num_pending, waits, smem, done);
-      num_pending = 0;
+    } else {
+      const bool is_of_node = item.partial_row >= 0 && item.request < 0;
+      if (item.partial_row >= 0 && !is_of_node) {
+        if (ptx::thread_index() == 0) pending.units[num_pending] = {item.unit, item.request};
+        ++num_pending;
+      }
+      if (is_of_node || num_pending == PendingUnits::kMost || (is_last && num_pending > 0)) {
+        const bool waits = is_last && __ldg(&plan_of(p).header->num_nodes) > 0;
+        arrive_and_merge<S, V, kMaxRows, kThreads>(p, plan_of(p), class_rows, item, pending,
+                                                   num_pending, waits, smem, done);
+        num_pending = 0;
+      }
     }
     __syncthreads();  // shared memory belongs to the next item
   } while (!is_last);

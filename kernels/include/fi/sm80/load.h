@@ -123,27 +123,27 @@ __device__ inline void extend_box(const VariantRow& row, VariantBox& box) {
 // in any order, and extend the box.
 template <class S, class T>
 __device__ inline void load_rows(const KernelParams& p, CurrentItem& current, VariantRow* rows) {
+  static_assert(T::kRows <= T::kThreads, "a thread for each row");
   const WorkItem& item = current.item;
-#pragma unroll 1
-  for (int x = static_cast<int>(ptx::thread_index()); x < T::kRows; x += T::kThreads) {
-    const int row = item.row_begin + (x < item.num_rows ? x : 0);
-    const int local = row / S::kGroupSize;
-    const int q_head = item.kv_head * S::kGroupSize + row % S::kGroupSize;
-    if (S::kDecodes || item.request >= 0) {
-      rows[x] = {item.q_pos_begin + local,
-                 item.qo_begin + local,
-                 q_head,
-                 item.request,
-                 item.q_len,
-                 item.kv_len};
-      continue;
-    }
-    const PlanView plan = plan_of(p);
-    const GatheredToken& g = plan.gathered[item.qo_begin + local];
-    const PlannedRequest& r = plan.requests[g.request];
-    rows[x] = {g.q_pos, g.token, q_head, g.request, r.q_len, r.kv_len};
-    if (x < item.num_rows) extend_box(rows[x], current.box);
+  const int x = static_cast<int>(ptx::thread_index());
+  if (x >= T::kRows) return;
+  const int row = item.row_begin + (x < item.num_rows ? x : 0);
+  const int local = row / S::kGroupSize;
+  const int q_head = item.kv_head * S::kGroupSize + row % S::kGroupSize;
+  if (S::kDecodes || item.request >= 0) {
+    rows[x] = {item.q_pos_begin + local,
+               item.qo_begin + local,
+               q_head,
+               item.request,
+               item.q_len,
+               item.kv_len};
+    return;
   }
+  const PlanView plan = plan_of(p);
+  const GatheredToken& g = plan.gathered[item.qo_begin + local];
+  const PlannedRequest& r = plan.requests[g.request];
+  rows[x] = {g.q_pos, g.token, q_head, g.request, r.q_len, r.kv_len};
+  if (x < item.num_rows) extend_box(rows[x], current.box);
 }
 
 // 16 bytes of a row to shared memory; zeros and no access when !valid. Unaligned rows are read
@@ -242,11 +242,13 @@ struct KvTiles {
     return before_hole + ceil_div(item.kv_end - item.hole_end, kKvTile);
   }
   __device__ int32_t begin(int32_t tile) const {
-    if (tile < before_hole) return item.kv_begin + tile * kKvTile;
-    return item.hole_end + (tile - before_hole) * kKvTile;
+    const bool is_before = tile < before_hole;
+    const int32_t* first = is_before ? &item.kv_begin : &item.hole_end;
+    return *first + (is_before ? tile : tile - before_hole) * kKvTile;
   }
   __device__ int32_t end(int32_t tile) const {
-    return tile < before_hole ? item.hole_begin : item.kv_end;
+    const int32_t* last = tile < before_hole ? &item.hole_begin : &item.kv_end;
+    return *last;
   }
 };
 

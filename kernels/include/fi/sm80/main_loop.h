@@ -64,12 +64,14 @@ class WarpLoop {
 
   __device__ static int lane() { return ptx::thread_index() % 32; }
   __device__ static int first_row() {
+    if constexpr (T::kWarpsN == T::kWarps) return 0;
     return ptx::thread_index() / 32 / T::kWarpsN * T::kRowBlocks * 16;
   }
   __device__ static int first_col() { return ptx::thread_index() / 32 % T::kWarpsN * T::kWarpCols; }
 
   // No rows, or no tokens, for this warp.
   __device__ bool is_idle() const {
+    if constexpr (T::kWarpsN == T::kWarps) return false;  // an item has a row
     if (T::kWarpsM * T::kWarpsN < T::kWarps && first_row() >= T::kRows) return true;
     return first_row() >= current_.item.num_rows;
   }
@@ -283,6 +285,11 @@ class WarpLoop {
 
   __device__ static float masked_value() { return V::kSoftmax ? neg_infinity() : 0.0f; }
 
+  // The reach of a band to one side; what is unbounded reaches further than any text is long.
+  __device__ static int reach(int32_t side) {
+    return static_cast<int>(min(static_cast<uint32_t>(side), 1u << 30));
+  }
+
   __device__ bool crosses_band(int kv_begin, int kv_end) const {
     const Band& band = p_.band;
     const int end = kv_begin + kStepCols<S, V, T>;
@@ -300,8 +307,8 @@ class WarpLoop {
       // A row's band in bits, 32 columns a word: an element costs a test of its bit, no branch.
       const int q_pos = rows_[first + half * 8 + lane / 4].q_pos;
       const int column = kv_begin + lane % 4 * 2;
-      const int end = band.right >= 0 ? min_i32(kv_end, q_pos + band.right + 1) : kv_end;
-      const int begin = band.left >= 0 ? q_pos - band.left : 0;
+      const int end = min_i32(kv_end, q_pos + reach(band.right) + 1);
+      const int begin = q_pos - reach(band.left);
 #pragma unroll
       for (int word = 0; word < kColBlocks; word += 4) {
         const int at = column + word * 8;
