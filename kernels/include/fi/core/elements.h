@@ -39,18 +39,21 @@ struct ElementOps<BFloat16> {
     return element;
   }
 
-  // Two e4m3 values in bits 15..8 and 31..24 of `bytes`. e4m3 is sign, 4 exponent and 3 mantissa
+  // Two e4m3 values that `kPermutation` (PTX prmt, of `bytes` and 0) brings to bits 15..8 and 31..24,
+  // zeros below; one statement, of which a main loop has many. e4m3 is sign, 4 exponent and 3 mantissa
   // bits with bias 7; shifted into place they read as a bf16 2^120 too small, denormals included.
   // A NaN of the cache comes out as 480.
+  template <uint32_t kPermutation>
   static __device__ uint32_t widen_e4m3(uint32_t bytes) {
     uint32_t pair;
-    asm("{\n.reg .b32 bits, scale, zero;\n"
-        "shr.b32 bits, %1, 4;\nand.b32 bits, bits, 0x07f007f0;\n"
-        "lop3.b32 bits, %1, 0x80008000, bits, 0xea;\n"  // a & b | c
+    asm("{\n.reg .b32 two, bits, scale, zero;\n"
+        "prmt.b32 two, %1, 0, %2;\n"
+        "shr.b32 bits, two, 4;\nand.b32 bits, bits, 0x07f007f0;\n"
+        "lop3.b32 bits, two, 0x80008000, bits, 0xea;\n"  // two & signs | bits
         "mov.b32 scale, 0x7b807b80;\nmov.b32 zero, 0x80008000;\n"
         "fma.rn.bf16x2 %0, bits, scale, zero;\n}\n"
         : "=r"(pair)
-        : "r"(bytes));
+        : "r"(bytes), "n"(kPermutation));
     return pair;
   }
 };
@@ -74,15 +77,17 @@ struct ElementOps<Float16> {
   }
 
   // As above; an fp16 read from these bits is 2^8 too small.
+  template <uint32_t kPermutation>
   static __device__ uint32_t widen_e4m3(uint32_t bytes) {
     uint32_t pair;
-    asm("{\n.reg .b32 bits, scale;\n"
-        "shr.b32 bits, %1, 1;\nand.b32 bits, bits, 0x3f803f80;\n"
-        "lop3.b32 bits, %1, 0x80008000, bits, 0xea;\n"
+    asm("{\n.reg .b32 two, bits, scale;\n"
+        "prmt.b32 two, %1, 0, %2;\n"
+        "shr.b32 bits, two, 1;\nand.b32 bits, bits, 0x3f803f80;\n"
+        "lop3.b32 bits, two, 0x80008000, bits, 0xea;\n"
         "mov.b32 scale, 0x5c005c00;\n"
         "mul.rn.f16x2 %0, bits, scale;\n}\n"
         : "=r"(pair)
-        : "r"(bytes));
+        : "r"(bytes), "n"(kPermutation));
     return pair;
   }
 };

@@ -220,21 +220,18 @@ class WarpLoop {
         if constexpr (!S::kFp8) {
 #pragma unroll
           for (int b = 0; b < T::kRowBlocks; ++b) {
-            ptx::mma_m16n8k16<Element>(s[b][n], a[0][b], kb[0], kb[1]);
-            ptx::mma_m16n8k16<Element>(s[b][n + 1], a[0][b], kb[2], kb[3]);
+            ptx::mma_m16n16k16<Element>(s[b][n], s[b][n + 1], a[0][b], kb);
           }
         } else {
 #pragma unroll
           for (int step = 0; step < kStepsPerLoad && k + step < kStepsQk; ++step) {
+            const uint32_t one = kb[step], other = kb[2 + step];
+            const uint32_t wide[4] = {
+                Ops::template widen_e4m3<0x1404>(one), Ops::template widen_e4m3<0x3424>(one),
+                Ops::template widen_e4m3<0x1404>(other), Ops::template widen_e4m3<0x3424>(other)};
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const uint32_t four = kb[half * 2 + step];
-              const uint32_t b0 = Ops::widen_e4m3(__byte_perm(four, 0, 0x1404));
-              const uint32_t b1 = Ops::widen_e4m3(__byte_perm(four, 0, 0x3424));
-#pragma unroll
-              for (int b = 0; b < T::kRowBlocks; ++b) {
-                ptx::mma_m16n8k16<Element>(s[b][n + half], a[step][b], b0, b1);
-              }
+            for (int b = 0; b < T::kRowBlocks; ++b) {
+              ptx::mma_m16n16k16<Element>(s[b][n], s[b][n + 1], a[step][b], wide);
             }
           }
         }
@@ -403,26 +400,27 @@ class WarpLoop {
       for (int chunk = 0; chunk < kChunks; chunk += 2) {
         uint32_t vb[4];  // tokens 0-7 and 8-15 of this chunk, then of the next
         ptx::ldmatrix_x4_trans(vb, v_at + k * 16 * kPlan.pitch_v + chunk * 16);
+        if constexpr (!S::kFp8) {
+          static_assert(kChunks % 2 == 0);
 #pragma unroll
-        for (int next = 0; next < 2 && chunk + next < kChunks; ++next) {
-          const uint32_t lo = vb[next * 2], hi = vb[next * 2 + 1];
-          if constexpr (!S::kFp8) {
+          for (int b = 0; b < T::kRowBlocks; ++b) {
+            auto& o = state.o[b];
+            ptx::mma_m16n16k16<Element>(o[chunk], o[chunk + 1], a[b], vb);
+          }
+        } else {
 #pragma unroll
-            for (int b = 0; b < T::kRowBlocks; ++b) {
-              ptx::mma_m16n8k16<Element>(state.o[b][chunk + next], a[b], lo, hi);
-            }
-          } else {
+          for (int next = 0; next < 2 && chunk + next < kChunks; ++next) {
             // Bytes of a register: (token 0, even), (token 0, odd), (token 1, even), (token 1,
             // odd).
+            const uint32_t lo = vb[next * 2], hi = vb[next * 2 + 1];
+            const uint32_t wide[4] = {
+                Ops::template widen_e4m3<0x2404>(lo), Ops::template widen_e4m3<0x2404>(hi),
+                Ops::template widen_e4m3<0x3414>(lo), Ops::template widen_e4m3<0x3414>(hi)};
 #pragma unroll
-            for (int odd = 0; odd < 2; ++odd) {
-              const uint32_t select = odd ? 0x3414 : 0x2404;
-              const uint32_t b0 = Ops::widen_e4m3(__byte_perm(lo, 0, select));
-              const uint32_t b1 = Ops::widen_e4m3(__byte_perm(hi, 0, select));
-#pragma unroll
-              for (int b = 0; b < T::kRowBlocks; ++b) {
-                ptx::mma_m16n8k16<Element>(state.o[b][(chunk + next) * 2 + odd], a[b], b0, b1);
-              }
+            for (int b = 0; b < T::kRowBlocks; ++b) {
+              auto& o = state.o[b];
+              const int even = (chunk + next) * 2;
+              ptx::mma_m16n16k16<Element>(o[even], o[even + 1], a[b], wide);
             }
           }
         }
