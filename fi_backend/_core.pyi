@@ -80,6 +80,8 @@ class PlanConfig:
     def layout(self) -> PlanLayout: ...
 
 def cpu_tile_classes() -> list[TileClass]: ...
+NODE_FIXED: int
+
 def make_plan(
     config: PlanConfig,
     layout: PlanLayout,

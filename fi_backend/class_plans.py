@@ -19,7 +19,7 @@ from fi_backend.layers import Capacity, LayerClass
 CPU_SPANS_PER_THREAD = 4
 # Packed rows of the tiles of shared prefixes, at least: a decode step's kernel carries their class
 # beside that of its requests.
-SHARED_TILE_ROWS = 64
+SHARED_TILE_ROWS = 128
 
 
 @dataclass(frozen=True)

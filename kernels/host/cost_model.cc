@@ -8,8 +8,9 @@ namespace fi::host {
 namespace {
 
 // A row of the sm80 tile table, for heads whose larger dimension is at most `max_head_dim`.
-// Measured: tiles of 16 rows on an H200 (docs/notes/2026-11-22-sm80-gpu-path.md), those of 128 rows
-// on an H100 (docs/notes/2026-11-26-sm80-items.md); those of 64 rows are scaled from these.
+// In units of 9 ns of an H200, where tiles of 64 and 128 rows multiply by warpgroups: traced in
+// steps with shared prefixes (docs/notes/2026-11-27-shared-tails.md), those of head dimension 64
+// and 192 scaled.
 struct TileRow {
   int32_t max_head_dim;
   int32_t rows, kv_tile, stages;
@@ -26,15 +27,15 @@ constexpr TileRow kSm80Tiles[] = {
     {192, 16, 64, 2, 4, 2, 290, 230},  // shared memory: 95 KB
     {256, 16, 64, 3, 4, 1, 290, 190},  // shared memory: 214 KB
     // Chunks, and verification of many tokens: a warp holds 16 rows.
-    {128, 64, 64, 2, 4, 2, 400, 240},
+    {128, 64, 64, 2, 4, 2, 350, 215},
     {192, 64, 64, 2, 4, 2, 400, 300},
     {256, 64, 32, 2, 4, 2, 400, 240},
     {256, 64, 16, 2, 4, 2, 400, 130},  // 69 KB, for the 99 KB of sm_89 and sm_120
     // Prefill. 32 rows a warp: a fragment of K or V serves two products. 256 components of o leave
     // registers for 16 rows a warp only: eight warps share what they load.
-    {64, 128, 64, 2, 4, 2, 700, 250},
-    {128, 128, 64, 2, 4, 2, 800, 400},  // 255 registers, 111 KB
-    {256, 128, 64, 2, 8, 1, 600, 400},  // shared memory: 209 KB
+    {64, 128, 64, 2, 4, 2, 500, 250},
+    {128, 128, 64, 2, 4, 2, 550, 280},  // 255 registers, 111 KB
+    {256, 128, 64, 2, 8, 1, 550, 280},  // shared memory: 209 KB
 };
 constexpr int32_t kMinStages = 2;
 

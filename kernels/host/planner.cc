@@ -278,8 +278,9 @@ class PlanBuilder {
     // Less than the tile's cost is left: a cut never follows all its steps.
     const Cut cut = {low, head, index, tile.steps_within(in_head - cost_prefix_[at])};
     const int64_t rest = cost_prefix_[at + 1] - in_head;
-    const bool moves = !tile.whole_chunks() && cut.step > 0 && tile.is_short_rest(rest);
-    return moves ? next_row_tile(cut) : cut;
+    const int64_t span = cost_prefix_.back() / config_.num_ctas * heads;
+    const bool is_short = is_short_rest(rest, tile.c_fixed, span);
+    return !tile.whole_chunks() && cut.step > 0 && is_short ? next_row_tile(cut) : cut;
   }
 
   Cut next_row_tile(Cut c) const {

@@ -92,7 +92,7 @@ class StepPlanner {
     const int32_t b = remainder * c - a * p.num_ctas.value;
     const int32_t rest = p.num_ctas.quotient(heads * b);
     const Cost of_head = share * c + a;
-    if constexpr (kMode.has_nodes) return nodes().find_cut(of_head, rest, num_rows);
+    if constexpr (kMode.has_nodes) return nodes().find_cut(of_head, rest, share, num_rows);
     // Requests start at multiples of all heads' cost; this tile is one of the right request.
     const auto cost_before = [&](int32_t i) { return s.cost[i]; };
     const int32_t near = last_at_most(0, totals_.num_tiles, of_head, cost_before);
@@ -117,9 +117,12 @@ class StepPlanner {
       const OwnPart own{s.q_len[r], 0, s.kv_len[r]};
       cut.step = tiles_.row_tile(own, tile_class, last - first, index).steps_within(budget);
     } else {
-      cut.step = tiles_.steps_within(budget, tile_class);
+      const Cost c_fixed = tiles_.fixed_cost(tile_class, false);
+      cut.step = tiles_.steps_within(budget, c_fixed, tile_class);
       const Cost rest = s.cost[tile + 1] - s.cost[tile] - budget;
-      if (cut.step > 0 && tiles_.is_short_rest(rest, tile_class)) cut = {cut.tile + 1, 0, 0, 0};
+      if (cut.step > 0 && is_short_rest(rest, c_fixed, share * static_cast<Cost>(heads))) {
+        cut = {cut.tile + 1, 0, 0, 0};
+      }
     }
     return cut;
   }

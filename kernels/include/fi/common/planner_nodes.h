@@ -26,7 +26,7 @@ class NodePasses {
   }
 
   // The end of StepPlanner::find_cut(). All tiles of a node cost the same.
-  FI_HOST_DEVICE Cut find_cut(Cost of_head, int32_t rest, int32_t* num_rows) const {
+  FI_HOST_DEVICE Cut find_cut(Cost of_head, int32_t rest, Cost share, int32_t* num_rows) const {
     const bool is_node = of_head < totals_.node_cost;
     const Cost* table = is_node ? s.node_cost : s.cost;
     const auto cost_before = [&](int32_t i) { return table[i]; };
@@ -69,9 +69,12 @@ class NodePasses {
         2 * (tiles_.row_end(num_tokens, c, index) - index * tiles_.tile_class(c).rows) + is_member;
     const int32_t before =
         p.num_kv_heads.value * first + head * count + (is_node ? 0 : num_tiles());
-    const int32_t step = tiles_.steps_within(in_head, c);
-    if (step > 0 && tiles_.is_short_rest(tile_cost - in_head, c))
+    const Cost c_fixed = tiles_.fixed_cost(c, is_node);
+    const int32_t step = tiles_.steps_within(in_head, c_fixed, c);
+    const Cost span = share * static_cast<Cost>(p.num_kv_heads.value);
+    if (step > 0 && is_short_rest(tile_cost - in_head, c_fixed, span)) {
       return {before + tile + 1, 0, 0, 0};
+    }
     return {before + tile, step, 0, 0};
   }
 

@@ -159,20 +159,18 @@ class TileRules {
     }
   }
 
+  FI_HOST_DEVICE Cost fixed_cost(int32_t c, bool is_node) const {
+    return static_cast<Cost>(tile_class(c).c_fixed) + (is_node ? kNodeFixed : 0);
+  }
+
   // Steps of a tile that fit into what is left of its cost: not all of them do.
-  FI_HOST_DEVICE int32_t steps_within(Cost budget, int32_t c) const {
-    const auto c_fixed = static_cast<Cost>(tile_class(c).c_fixed);
+  FI_HOST_DEVICE int32_t steps_within(Cost budget, Cost c_fixed, int32_t c) const {
     if (budget <= c_fixed) return 0;
     if constexpr (kMode.is_narrow) {
       return pick(p.c_tile, c).quotient(static_cast<int32_t>(budget - c_fixed));
     } else {
       return static_cast<int32_t>(pick(p.wide.c_tile, c).divide(budget - c_fixed).quotient);
     }
-  }
-
-  // RowTile::is_short_rest().
-  FI_HOST_DEVICE bool is_short_rest(Cost rest, int32_t c) const {
-    return rest <= static_cast<Cost>(tile_class(c).c_fixed);
   }
 
   FI_HOST_DEVICE RowTile row_tile(const OwnPart& own, int32_t c, int32_t num_tiles,

@@ -7,6 +7,16 @@
 
 namespace fi {
 
+// What a node's tile costs more than a request's, in the units of TileClass: its rows are gathered,
+// and its state has many merge units.
+constexpr int32_t kNodeFixed = 300;
+
+// Whether a cut that leaves this much of a tile's cost moves to the tile's end. To begin the tile
+// again costs c_fixed, which is more; and it is little beside the cost of a span.
+FI_HOST_DEVICE constexpr bool is_short_rest(int64_t rest, int64_t c_fixed, int64_t span) {
+  return rest <= c_fixed && 4 * rest <= span;
+}
+
 // What decides how a layer class's row blocks become row tiles.
 struct Tiling {
   Divisor group;  // query heads per KV head: packed rows of one token
@@ -93,10 +103,6 @@ struct RowTile {
     }
     return low;
   }
-
-  // Whether a cut that leaves this much of the tile's cost moves to the tile's end: to begin the tile
-  // again would cost as much as the rest.
-  FI_HOST_DEVICE bool is_short_rest(int64_t rest) const { return rest <= c_fixed; }
 
   // First KV position of KV tile number `tile` of this row tile, hole skipped.
   FI_HOST_DEVICE int32_t position(int32_t tile) const {
@@ -185,6 +191,7 @@ FI_HOST_DEVICE inline RowTile node_row_tile(const PlannedNode& node, const Tilin
   RowTile out = empty_row_tile(tiling, node.tile_class, tile, packed_rows);
   out.kv_begin = node.kv_begin;
   out.kv_end = node.kv_end;
+  out.c_fixed += kNodeFixed;
   return out;
 }
 

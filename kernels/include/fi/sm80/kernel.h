@@ -60,6 +60,9 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     const int token = r * T::kThreads + static_cast<int>(ptx::thread_index());
     first_pages[r] = loader.fetch(token / T::kKvTile, token % T::kKvTile);
   }
+  load_rows<S, T>(p, current, rows);
+  __syncthreads();
+  load_q<S, T>(p, item.num_rows, rows, smem_q);  // while the page ids are on their way
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
     const int token = r * T::kThreads + static_cast<int>(ptx::thread_index());
@@ -70,11 +73,6 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
 #pragma unroll 1
   for (int t = 0; t < T::kStages - 1; ++t) {
     loader.load(t, stage(t));
-    if (t == 0) {  // while the first tile is on its way
-      load_rows<S, T>(p, current, rows);
-      __syncthreads();
-      load_q<S, T>(p, item.num_rows, rows, smem_q);
-    }
     ptx::cp_async_commit();
   }
 
