@@ -73,8 +73,8 @@ struct CompletedUnits {
   int count, most_rows;
 };
 
-// Merges row `row` of a unit: this lane's part of it.
-template <class S, class V, int kMaxQuads, class ClassRows>
+// Merges row `row` of a unit: this lane's part of it. kOneWidth: lanes take kMaxQuads, never fewer.
+template <class S, class V, bool kOneWidth, int kMaxQuads, class ClassRows>
 __device__ inline void merge_row(const KernelParams& p, const PlanView& plan, ClassRows class_rows,
                                  const RequestUnit& of, int kv_head, int row,
                                  const RowShare& share) {
@@ -91,7 +91,7 @@ __device__ inline void merge_row(const KernelParams& p, const PlanView& plan, Cl
       const NodeLink& link = plan.links[request.link_begin + n];
       states = states_in_node(plan, class_rows, link, kv_head, packed);
     }
-    if constexpr (S::kDecodes) {
+    if constexpr (kOneWidth) {
       add_states<S, kMaxQuads, 16 / kMaxQuads>(p, states, share.lane, merge);
     } else if (share.quads == 1) {
       add_states<S, 1, 16>(p, states, share.lane, merge);
@@ -117,30 +117,31 @@ template <class S, class V, int kMaxRows, int kThreads, class ClassRows>
 __device__ inline void merge_units(const KernelParams& p, const PlanView& plan,
                                    ClassRows class_rows, const CompletedUnits& done,
                                    const RequestUnit* units, int kv_head) {
-  if constexpr (S::kDecodes) {  // one unit, and lanes for all components of a group's rows
+  if constexpr (S::kDecodes && kMaxRows == 16) {
+    // One unit, and lanes for all components of a group's rows; longer requests take more rounds.
     constexpr int kQuads = are_few<S, kThreads>(S::kGroupSize)       ? 1
                            : are_few<S, 2 * kThreads>(S::kGroupSize) ? 2
                                                                      : 4;
     const RowShare share = share_rows<S, kThreads, kQuads>();
 #pragma unroll 1
     for (int row = share.row; row < done.most_rows; row += share.rows_at_once) {
-      merge_row<S, V, kQuads>(p, plan, class_rows, units[0], kv_head, row, share);
+      merge_row<S, V, true, kQuads>(p, plan, class_rows, units[0], kv_head, row, share);
     }
-    return;
-  }
-  // Few rows have many splits and lanes enough for all their components. Many rows have few splits,
-  // and what is worked out once for a row counts: weights, the address of its output. So it does in
-  // kernels with tiles of 128 rows, but a third width of the sums would add a fifth to the time
-  // that those, the largest of all, take to compile.
-  constexpr int kMaxQuads = kMaxRows == 64 ? 8 : 4;
-  const int most_rows = done.most_rows, num_rows = done.count * most_rows;
-  RowShare share = share_rows<S, kThreads, kMaxQuads>();
-  if (kMaxQuads > 4 && num_rows <= 16) share = share_rows<S, kThreads, 4>();
-  if (are_few<S, kThreads>(num_rows)) share = share_rows<S, kThreads, 1>();
-  for (int at = share.row; at < num_rows; at += share.rows_at_once) {
-    const uint32_t index = static_cast<uint32_t>(at) / static_cast<uint32_t>(most_rows);
-    const int row = at - static_cast<int>(index) * most_rows;
-    merge_row<S, V, kMaxQuads>(p, plan, class_rows, units[index], kv_head, row, share);
+  } else {
+    // Few rows have many splits and lanes enough for all their components. Many rows have few
+    // splits, and what is worked out once for a row counts: weights, the address of its output. So
+    // it does in kernels with tiles of 128 rows, but a third width of the sums would add a fifth to
+    // the time that those, the largest of all, take to compile.
+    constexpr int kMaxQuads = kMaxRows == 64 ? 8 : 4;
+    const int most_rows = done.most_rows, num_rows = done.count * most_rows;
+    RowShare share = share_rows<S, kThreads, kMaxQuads>();
+    if (kMaxQuads > 4 && num_rows <= 16) share = share_rows<S, kThreads, 4>();
+    if (are_few<S, kThreads>(num_rows)) share = share_rows<S, kThreads, 1>();
+    for (int at = share.row; at < num_rows; at += share.rows_at_once) {
+      const uint32_t index = static_cast<uint32_t>(at) / static_cast<uint32_t>(most_rows);
+      const int row = at - static_cast<int>(index) * most_rows;
+      merge_row<S, V, false, kMaxQuads>(p, plan, class_rows, units[index], kv_head, row, share);
+    }
   }
 }
 
