@@ -80,6 +80,7 @@ class PlanConfig:
     def layout(self) -> PlanLayout: ...
 
 def cpu_tile_classes() -> list[TileClass]: ...
+
 NODE_FIXED: int
 
 def make_plan(

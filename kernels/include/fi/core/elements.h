@@ -39,10 +39,10 @@ struct ElementOps<BFloat16> {
     return element;
   }
 
-  // Two e4m3 values that `kPermutation` (PTX prmt, of `bytes` and 0) brings to bits 15..8 and 31..24,
-  // zeros below; one statement, of which a main loop has many. e4m3 is sign, 4 exponent and 3 mantissa
-  // bits with bias 7; shifted into place they read as a bf16 2^120 too small, denormals included.
-  // A NaN of the cache comes out as 480.
+  // Two e4m3 values that `kPermutation` (PTX prmt, of `bytes` and 0) brings to bits 15..8 and
+  // 31..24, zeros below; one statement, of which a main loop has many. e4m3 is sign, 4 exponent and
+  // 3 mantissa bits with bias 7; shifted into place they read as a bf16 2^120 too small, denormals
+  // included. A NaN of the cache comes out as 480.
   template <uint32_t kPermutation>
   static __device__ uint32_t widen_e4m3(uint32_t bytes) {
     uint32_t pair;

@@ -5,8 +5,8 @@
 
 namespace fi::ptx {
 
-// Element `index` of `count`, of 4 or 16 bytes in global memory and past L1. One that does not exist
-// is `otherwise`, or zeros, and costs no access.
+// Element `index` of `count`, of 4 or 16 bytes in global memory and past L1. One that does not
+// exist is `otherwise`, or zeros, and costs no access.
 __device__ inline float load_4(const float* at, int index, int count, float otherwise) {
   float x;
   asm volatile(

@@ -45,7 +45,7 @@ __device__ inline void mma_m16n16k16<BFloat16>(float (&c)[4], float (&d)[4], con
 
 template <>
 __device__ inline void mma_m16n16k16<Float16>(float (&c)[4], float (&d)[4], const uint32_t (&a)[4],
-                                               const uint32_t (&b)[4]) {
+                                              const uint32_t (&b)[4]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
       "{%8, %9, %10, %11}, {%12, %13}, {%0, %1, %2, %3};\n"
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%4, %5, %6, %7}, "

@@ -126,8 +126,8 @@ struct PendingUnits {
   RequestUnit units[kMost];
 };
 
-// Where there are no prefixes: announces an item's partial state to its merge unit, and merges that
-// if no state of it is missing.
+// Where a CTA has one state at a time to announce, of few rows: announces an item's partial state
+// to its merge unit, and merges that if no state of it is missing.
 template <class S, class V, int kThreads, class ClassRows>
 __device__ void arrive_and_merge_one(const KernelParams& p, const PlanView& plan,
                                      ClassRows class_rows, const WorkItem& item,
@@ -163,12 +163,12 @@ constexpr uint32_t kMostWait = 15000;
 // the start of `smem`.
 //
 // The last CTA of a prefix completes the units of all members at once. It merges what nobody else
-// claims; CTAs that have nothing left to do (`waits`) look for a while whether units that they
-// announced are complete, and claim some, each from another one on.
+// claims: CTAs that have done their span look for a while whether units that they announced are
+// complete, and claim some, each from another one on.
 template <class S, class V, int kMaxRows, int kThreads, class ClassRows>
 __device__ void arrive_and_merge(const KernelParams& p, const PlanView& plan, ClassRows class_rows,
                                  const WorkItem& item, const PendingUnits& pending, int num_pending,
-                                 bool waits, char* smem, CompletedUnits& done) {
+                                 bool is_last, char* smem, CompletedUnits& done) {
   static_assert(kMaxRows <= kThreads, "a thread for each row");
   static_assert(PendingUnits::kMost <= kThreads, "a thread for each unit");
   const int x = static_cast<int>(ptx::thread_index());
@@ -184,23 +184,28 @@ __device__ void arrive_and_merge(const KernelParams& p, const PlanView& plan, Cl
   int32_t* const counter = p.arrivals + own.unit;
   const MergeUnit unit = is_open ? plan.units[own.unit] : MergeUnit{};
   bool is_complete = is_open && ptx::arrive(counter) == unit.expected;
+  const bool has_nodes = __ldg(&plan.header->num_nodes) > 0;
+  const bool waits = has_nodes && is_last;
   const uint32_t begin = ptx::cycles();
   // Units of a warp. Those of a decoded token each merge together in the time of one.
-  int most = num_pending > 0 ? max_int(1, 16 / S::kGroupSize) : waits ? 1 : 32;
+  int most = waits ? num_pending > 0 ? max_int(1, 16 / S::kGroupSize) : 1 : 32;
   while (true) {
     if (x == 0) done.count = done.most_rows = 0;
     __syncthreads();
     if (is_complete_and_mine<S>(is_complete, most)) {
-      if (ptx::claim(counter, unit.expected)) {
+      if (!has_nodes) *counter = 0;  // nobody else looks
+      if (!has_nodes || ptx::claim(counter, unit.expected)) {
         units[atomicAdd(&done.count, 1)] = own;
         atomicMax(&done.most_rows, unit.num_rows);
       }
+      is_open = is_complete = false;
     }
     __syncthreads();
     if (done.count > 0) {
       merge_units<S, V, kMaxRows, kThreads>(p, plan_of(p), class_rows, done, units);
       most *= 2;
     }
+    if (!has_nodes) return;
     if (is_open) {
       const int32_t count = ptx::arrivals(counter);
       is_open = count > 0;
@@ -279,7 +284,7 @@ __device__ void run_items(const KernelParams& p) {
      ...);
     is_last = current.left == 0;
     const WorkItem& item = current.item;
-    if constexpr (S::kDecodes) {
+    if constexpr (S::kDecodes && kMaxRows == 16) {
       if (item.partial_row >= 0) {
         arrive_and_merge_one<S, V, kThreads>(p, plan_of(p), class_rows, item, done);
       }
@@ -290,9 +295,8 @@ __device__ void run_items(const KernelParams& p) {
         ++num_pending;
       }
       if (is_of_node || num_pending == PendingUnits::kMost || (is_last && num_pending > 0)) {
-        const bool waits = is_last && __ldg(&plan_of(p).header->num_nodes) > 0;
         arrive_and_merge<S, V, kMaxRows, kThreads>(p, plan_of(p), class_rows, item, pending,
-                                                   num_pending, waits, smem, done);
+                                                   num_pending, is_last, smem, done);
         num_pending = 0;
       }
     }

@@ -73,12 +73,12 @@ struct CompletedUnits {
   int count, most_rows;
 };
 
-// Merges row `row` of a unit: this lane's part of it.
-template <class S, class V, int kMaxQuads, class ClassRows>
+// Merges row `row` of a unit: this lane's part of it. kOneWidth: lanes take kMaxQuads, never fewer.
+template <class S, class V, bool kOneWidth, int kMaxQuads, class ClassRows>
 __device__ inline void merge_row(const KernelParams& p, const PlanView& plan, ClassRows class_rows,
                                  const RequestUnit& of, int row, const RowShare& share) {
   const MergeUnit& unit = plan.units[of.unit];
-  if (!S::kDecodes && row >= unit.num_rows) return;  // units differ in their rows
+  if (!kOneWidth && row >= unit.num_rows) return;  // units differ in their rows
   const PlannedRequest& request = plan.requests[of.request];
   const uint32_t in_request = of.unit - request.unit_base, num_tiles = request.num_tiles;
   const int kv_head = in_request / num_tiles, tile = in_request % num_tiles;
@@ -91,7 +91,7 @@ __device__ inline void merge_row(const KernelParams& p, const PlanView& plan, Cl
       const NodeLink& link = plan.links[request.link_begin + n];
       states = states_in_node(plan, class_rows, link, kv_head, packed);
     }
-    if constexpr (S::kDecodes) {
+    if constexpr (kOneWidth) {
       add_states<S, kMaxQuads, 16 / kMaxQuads>(p, states, share.lane, merge);
     } else if (share.quads == 1) {
       add_states<S, 1, 16>(p, states, share.lane, merge);
@@ -122,7 +122,7 @@ __device__ inline void merge_unit(const KernelParams& p, const PlanView& plan, C
   const RowShare share = share_rows<S, kThreads, kQuads>();
 #pragma unroll 1
   for (int row = share.row; row < num_rows; row += share.rows_at_once) {
-    merge_row<S, V, kQuads>(p, plan, class_rows, unit, row, share);
+    merge_row<S, V, true, kQuads>(p, plan, class_rows, unit, row, share);
   }
 }
 
@@ -144,7 +144,7 @@ __device__ inline void merge_units(const KernelParams& p, const PlanView& plan,
   for (int at = share.row; at < num_rows; at += share.rows_at_once) {
     const uint32_t index = static_cast<uint32_t>(at) / static_cast<uint32_t>(most_rows);
     const int row = at - static_cast<int>(index) * most_rows;
-    merge_row<S, V, kMaxQuads>(p, plan, class_rows, units[index], row, share);
+    merge_row<S, V, false, kMaxQuads>(p, plan, class_rows, units[index], row, share);
   }
 }
 
