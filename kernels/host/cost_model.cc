@@ -27,15 +27,15 @@ constexpr TileRow kSm80Tiles[] = {
     {192, 16, 64, 2, 4, 2, 290, 230},  // shared memory: 95 KB
     {256, 16, 64, 3, 4, 1, 290, 190},  // shared memory: 214 KB
     // Chunks, and verification of many tokens: a warp holds 16 rows.
-    {128, 64, 64, 2, 4, 2, 350, 215},
+    {128, 64, 64, 2, 4, 2, 400, 215},
     {192, 64, 64, 2, 4, 2, 400, 300},
     {256, 64, 32, 2, 4, 2, 400, 240},
     {256, 64, 16, 2, 4, 2, 400, 130},  // 69 KB, for the 99 KB of sm_89 and sm_120
     // Prefill. 32 rows a warp: a fragment of K or V serves two products. 256 components of o leave
     // registers for 16 rows a warp only: eight warps share what they load.
     {64, 128, 64, 2, 4, 2, 500, 250},
-    {128, 128, 64, 2, 4, 2, 550, 280},  // 255 registers, 111 KB
-    {256, 128, 64, 2, 8, 1, 550, 280},  // shared memory: 209 KB
+    {128, 128, 64, 2, 4, 2, 600, 280},  // 255 registers, 111 KB
+    {256, 128, 64, 2, 8, 1, 600, 280},  // shared memory: 209 KB
 };
 constexpr int32_t kMinStages = 2;
 

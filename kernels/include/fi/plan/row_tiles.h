@@ -14,7 +14,7 @@ constexpr int32_t kNodeFixed = 300;
 // Whether a cut that leaves this much of a tile's cost moves to the tile's end. To begin the tile
 // again costs c_fixed, which is more; and it is little beside the cost of a span.
 FI_HOST_DEVICE constexpr bool is_short_rest(int64_t rest, int64_t c_fixed, int64_t span) {
-  return rest <= c_fixed && 4 * rest <= span;
+  return rest <= c_fixed && 8 * rest <= span;
 }
 
 // What decides how a layer class's row blocks become row tiles.
