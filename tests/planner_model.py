@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -179,6 +180,14 @@ def item_cost(step: Step, item: Any) -> int:
         return c_fixed
     tiles = -(-int(item["kv_end"]) // kv_tile) - int(item["kv_begin"]) // kv_tile
     return c_fixed + c_tile * (tiles - int(item["hole_end"] - item["hole_begin"]) // kv_tile)
+
+
+def check_nodes_come_first(plan: Plan) -> None:
+    """In every span nodes precede requests: the kernel announces the states of the latter last."""
+    ptr, items = plan.arrays["cta_ptr"], plan.arrays["items"]
+    for begin, end in pairwise(ptr.tolist()):
+        is_request = items["request"][begin:end] >= 0
+        assert (np.diff(is_request.astype(int)) >= 0).all(), f"items {begin} to {end}"
 
 
 def span_costs(step: Step, plan: Plan) -> list[int]:
