@@ -32,7 +32,7 @@ PLANNED_NODE = _int32(
     "tile_base num_tiles tile_class gather_begin num_tokens table_row kv_begin kv_end"
 )
 NODE_TILE = _int32("partial_row num_splits num_rows reserved")
-NODE_LINK = _int32("node row_offset")
+NODE_LINK = _int32("node row_offset tile_base tile_class")
 GATHERED_TOKEN = _int32("token q_pos request local")
 
 # Records of kernels/include/fi/plan/forest.h.
@@ -60,9 +60,12 @@ def plan_arrays(plan: NDArray[np.uint8], layout: _core.PlanLayout) -> dict[str, 
         size = np.dtype(dtype).itemsize
         return plan[offset : offset + count * size].view(dtype)
 
+    cta_ptr = array(layout.cta_ptr, "<i4", layout.num_ctas + 1)
+    first_items = array(layout.first_items, WORK_ITEM, layout.num_ctas)
     return {
         "header": header,
-        "cta_ptr": array(layout.cta_ptr, "<i4", layout.num_ctas + 1),
+        "cta_ptr": cta_ptr,
+        "first_items": first_items[np.diff(cta_ptr) > 0],
         "items": array(layout.items, WORK_ITEM, int(header["num_items"])),
         "units": array(layout.units, MERGE_UNIT, int(header["num_units"])),
         "requests": array(layout.requests, PLANNED_REQUEST, int(header["num_requests"])),

@@ -221,9 +221,8 @@ def _merges(
                 node_rows = slot.classes[int(node["tile_class"])].rows
                 first = (offset + tile * tile_rows) // node_rows
                 last = (offset + min((tile + 1) * tile_rows, rows) - 1) // node_rows
-                base = int(node["tile_base"]) + head * int(node["num_tiles"])
                 for t in range(first, last + 1):
-                    arrivals += shared[base + t]
+                    arrivals += shared[int(node["tile_base"]) + t * heads + head]
             if arrivals:
                 final = max(arrivals, key=lambda bar: (bar.end, bar.cta))
                 merges.append((final.cta, final.end))

@@ -35,6 +35,7 @@ void bind_records(py::module_& m) {
            py::arg("max_nodes"), py::arg("max_links"), py::arg("max_shared_tokens"));
   py::class_<PlanLayout>(m, "PlanLayout")
       .def_readonly("cta_ptr", &PlanLayout::cta_ptr)
+      .def_readonly("first_items", &PlanLayout::first_items)
       .def_readonly("items", &PlanLayout::items)
       .def_readonly("units", &PlanLayout::units)
       .def_readonly("requests", &PlanLayout::requests)

@@ -32,11 +32,11 @@ void visit_partials(const Job& job, const UnitId& id, const MergeUnit& unit, int
   const PlannedRequest& request = plan.requests[id.request];
   const int32_t packed_row = id.tile * job.tile_class(request.tile_class).rows + row;
   for (int32_t l = request.link_begin; l < request.link_end; ++l) {
-    const PlannedNode& node = plan.nodes[plan.links[l].node];
-    const int32_t node_rows = job.tile_class(node.tile_class).rows;
-    const int32_t node_row = plan.links[l].row_offset + packed_row;
-    const NodeTile& tile =
-        plan.node_tiles[node.tile_base + id.kv_head * node.num_tiles + node_row / node_rows];
+    const NodeLink& link = plan.links[l];
+    const int32_t node_rows = job.tile_class(link.tile_class).rows;
+    const int32_t node_row = link.row_offset + packed_row;
+    const int32_t in_node = node_row / node_rows * job.params.heads.num_kv_heads + id.kv_head;
+    const NodeTile& tile = plan.node_tiles[link.tile_base + in_node];
     visit_splits(tile.partial_row + node_row % node_rows, tile.num_splits, tile.num_rows);
   }
   visit_splits(unit.partial_row + row, unit.num_splits, unit.num_rows);

@@ -46,6 +46,7 @@ PlanLayout make_layout(const PlanConfig& config) {
     return offset;
   };
   layout.cta_ptr = place(config.num_ctas + 1, sizeof(int32_t));
+  layout.first_items = place(config.num_ctas, sizeof(WorkItem));
   layout.items = place(n.items, sizeof(WorkItem));
   layout.units = place(n.units, sizeof(MergeUnit));
   layout.requests = place(cap.max_requests, sizeof(PlannedRequest));

@@ -10,6 +10,7 @@ namespace {
 struct PlanWriter {
   PlanHeader* header;
   int32_t* cta_ptr;
+  WorkItem* first_items;
   WorkItem* items;
   MergeUnit* units;
   PlannedRequest* requests;
@@ -21,11 +22,11 @@ struct PlanWriter {
 
 PlanWriter write_view(void* plan, const PlanLayout& layout) {
   const PlanView v = view_plan(plan, layout);
-  return {const_cast<PlanHeader*>(v.header),       const_cast<int32_t*>(v.cta_ptr),
-          const_cast<WorkItem*>(v.items),          const_cast<MergeUnit*>(v.units),
-          const_cast<PlannedRequest*>(v.requests), const_cast<PlannedNode*>(v.nodes),
-          const_cast<NodeTile*>(v.node_tiles),     const_cast<NodeLink*>(v.links),
-          const_cast<GatheredToken*>(v.gathered)};
+  return {const_cast<PlanHeader*>(v.header),    const_cast<int32_t*>(v.cta_ptr),
+          const_cast<WorkItem*>(v.first_items), const_cast<WorkItem*>(v.items),
+          const_cast<MergeUnit*>(v.units),      const_cast<PlannedRequest*>(v.requests),
+          const_cast<PlannedNode*>(v.nodes),    const_cast<NodeTile*>(v.node_tiles),
+          const_cast<NodeLink*>(v.links),       const_cast<GatheredToken*>(v.gathered)};
 }
 
 // The nodes of a prefix forest as Nodes: their members ascending, from the requests' links.
@@ -209,10 +210,11 @@ class PlanBuilder {
     }
     for (int32_t a = 0; a < out_.header->num_nodes; ++a) {
       const int32_t n = accepted_[a];
+      const PlannedNode& node = out_.nodes[a];
       int32_t row_offset = 0;
       for (int32_t m = nodes.member_ptr[n]; m < nodes.member_ptr[n + 1]; ++m) {
         PlannedRequest& request = out_.requests[nodes.members[m]];
-        out_.links[request.link_end++] = {a, row_offset};
+        out_.links[request.link_end++] = {a, row_offset, node.tile_base, node.tile_class};
         row_offset += request.q_len * tiling_.group.value;
       }
     }
@@ -308,6 +310,13 @@ class PlanBuilder {
       begin = end;
     }
     out_.cta_ptr[config_.num_ctas] = out_.header->num_items;
+    for (int32_t p = 0; p < config_.num_ctas; ++p) {
+      // In batch-invariant mode a cut on the device does not know the next one.
+      const int32_t first = out_.cta_ptr[p];
+      const bool is_invariant = config_.invariant_chunk > 0;
+      const int32_t end = is_invariant ? out_.header->num_items : out_.cta_ptr[p + 1];
+      if (first < end) out_.first_items[p] = out_.items[first];
+    }
   }
 
   // Items for steps [from.step, end_step) of a row tile; end_step -1: to its end.
@@ -338,7 +347,7 @@ class PlanBuilder {
       item.qo_begin = node.gather_begin;
       item.q_pos_begin = item.q_len = item.kv_len = 0;
       item.request = ~from.block;
-      item.unit = node.tile_base + from.head * node.num_tiles + tile_index;
+      item.unit = node.tile_base + tile_index * config_.num_kv_heads + from.head;
       item.partial_row = take_partial_rows(tile.num_rows);
       NodeTile& record = out_.node_tiles[item.unit];
       if (record.num_splits++ == 0) record.partial_row = item.partial_row;
@@ -386,7 +395,7 @@ class PlanBuilder {
           const int32_t last = (link.row_offset + row_end - 1) / node_rows;
           for (int32_t t = first; t <= last; ++t) {
             out_.units[request.unit_base + u].expected +=
-                out_.node_tiles[node.tile_base + head * node.num_tiles + t].num_splits;
+                out_.node_tiles[node.tile_base + t * config_.num_kv_heads + head].num_splits;
           }
         }
       }

@@ -44,13 +44,14 @@ class StepPlanner {
       const auto at = [&](int64_t offset) -> void* { return static_cast<char*>(p.plan) + offset; };
       header = static_cast<PlanHeader*>(p.plan);
       cta_ptr = static_cast<int32_t*>(at(p.layout.cta_ptr));
+      first_items = static_cast<WorkItem*>(at(p.layout.first_items));
       items = static_cast<WorkItem*>(at(p.layout.items));
       units = static_cast<MergeUnit*>(at(p.layout.units));
       requests = static_cast<PlannedRequest*>(at(p.layout.requests));
     }
     PlanHeader* header;
     int32_t* cta_ptr;
-    WorkItem* items;
+    WorkItem *first_items, *items;
     MergeUnit* units;
     PlannedRequest* requests;
   };
@@ -225,7 +226,8 @@ class StepPlanner {
     const int32_t tile_after = s.cuts[min_i32(c + 2, num_ctas)].tile;
     const int32_t tile = begin.tile + item - begin.items;
     const bool is_first = item == begin.items, is_front = tile == end.tile;
-    Piece piece{place_of(tile), is_first ? begin.step : 0, is_front ? end.step : -1, -1, 0};
+    Piece piece{place_of(tile),   is_first ? begin.step : 0, is_front ? end.step : -1, -1, 0,
+                is_first ? c : -1};
     if (is_front) {
       piece.partial_row = end.rows - front_rows(c + 1);
     } else if (piece.step_begin > 0) {
@@ -254,6 +256,8 @@ class StepPlanner {
     return static_cast<int32_t>(s.pieces[tile]);
   }
 
+  // Where a span is empty, the item that the next one begins with stands for its first: whether the
+  // cut after it lies at the same place is not known here.
   FI_HOST_DEVICE void cut_chunks() {
     for (int32_t c = block_.thread(); c <= p.num_ctas.value; c += block_.num_threads()) {
       if (!owns(block_, c)) continue;
@@ -264,8 +268,10 @@ class StepPlanner {
       const Place at = place_of(cut.tile);
       const int32_t first = items_before(at.first), end = items_before(at.first + at.count);
       const int32_t tile = at.first + at.count - 1 - at.index;
-      out_.cta_ptr[c] = p.num_kv_heads.value * first + at.head * (end - first) +
-                        items_before(tile) - first + cut.step;
+      const int32_t item = p.num_kv_heads.value * first + at.head * (end - first) +
+                           items_before(tile) - first + cut.step;
+      out_.cta_ptr[c] = item;
+      store_item(out_.first_items + c, item_of(chunk_at(item)));
     }
   }
 
@@ -280,12 +286,12 @@ class StepPlanner {
     const int32_t head = in_request / per_head, in_head = in_request - head * per_head;
     // Requests of several tiles are never cut: an item is a tile.
     if (last - first > 1 || per_head == 1) {
-      return {{r, head, first, last - first, last - first - 1 - in_head}, 0, -1, -1, 0};
+      return {{r, head, first, last - first, last - first - 1 - in_head}, 0, -1, -1, 0, -1};
     }
     const int32_t rows = rows_before(last) - rows_before(first);
     const int32_t row = p.num_kv_heads.value * rows_before(first) + head * rows +
                         in_head * tiles_.packed_rows(s.q_len[r]);
-    return {{r, head, first, 1, 0}, in_head, in_head + 1, row, per_head};
+    return {{r, head, first, 1, 0}, in_head, in_head + 1, row, per_head, -1};
   }
 
   FI_HOST_DEVICE void write_items() {
@@ -314,25 +320,36 @@ class StepPlanner {
     block_.sync();
   }
 
+  // The item of a request; no nodes.
+  FI_HOST_DEVICE WorkItem item_of(const Piece& piece) const {
+    const auto [r, head, first, count, index] = piece.place;
+    const int32_t q_len = s.q_len[r], kv_len = s.kv_len[r], c = class_of_request(r);
+    WorkItem item;
+    tiles_.fill_item({q_len, 0, kv_len}, c, count, index, piece.step_begin, piece.step_end, &item);
+    item.table_row = item.request = r;
+    item.kv_head = head;
+    item.qo_begin = s.qo_begin[r];
+    item.q_pos_begin = kv_len - q_len;
+    item.partial_row = piece.partial_row;
+    item.unit = p.num_kv_heads.value * first + head * count + index;
+    item.tile_class = c;
+    item.q_len = q_len;
+    item.kv_len = kv_len;
+    return item;
+  }
+
   // The item, and with the first item of a tile its merge unit.
   FI_HOST_DEVICE void write_item(int32_t number, const Piece& piece) {
     if constexpr (kMode.has_nodes) {
-      nodes().write_item(out_.items + number, piece, view_plan(p.plan, p.layout));
+      nodes().write_item(number, piece, view_plan(p.plan, p.layout));
       return;
     }
-    const auto [r, head, first, count, index] = piece.place;
-    const int32_t q_len = s.q_len[r], kv_len = s.kv_len[r], c = class_of_request(r);
-    const int32_t unit = p.num_kv_heads.value * first + head * count + index;
-    WorkItem item;
-    tiles_.fill_item({q_len, 0, kv_len}, c, count, index, piece.step_begin, piece.step_end, &item);
-    int32_t* to = reinterpret_cast<int32_t*>(out_.items + number);
-    store_16(to, r, item.kv_begin, item.kv_end, item.hole_begin);
-    store_16(to + 4, item.hole_end, head, s.qo_begin[r], kv_len - q_len);
-    store_16(to + 8, item.row_begin, item.num_rows, piece.partial_row, unit);
-    store_16(to + 12, c, r, q_len, kv_len);
+    const WorkItem item = item_of(piece);
+    store_item(out_.items + number, item);
+    if (piece.span >= 0) store_item(out_.first_items + piece.span, item);
     if (piece.step_begin > 0) return;
     const bool whole = piece.partial_row < 0;
-    store_16(out_.units + unit, whole ? 0 : piece.num_splits, whole ? 0 : piece.partial_row,
+    store_16(out_.units + item.unit, whole ? 0 : piece.num_splits, whole ? 0 : piece.partial_row,
              whole ? 0 : piece.num_splits, whole ? 0 : item.num_rows);
   }
 

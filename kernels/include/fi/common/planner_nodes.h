@@ -115,7 +115,7 @@ class NodePasses {
 
   // The item. With the first one of a tile its merge unit or NodeTile, with a node's first one the
   // PlannedNode.
-  FI_HOST_DEVICE void write_item(WorkItem* to, const Piece& piece, const PlanView& plan) const {
+  FI_HOST_DEVICE void write_item(int32_t number, const Piece& piece, const PlanView& plan) const {
     const auto [block, head, first, count, index] = piece.place;
     ForestNode node{};
     ForestRequest shared{};
@@ -136,7 +136,8 @@ class NodePasses {
       qo_begin = s.qo_begin[block];
     }
     const int32_t packed_rows = tiles_.packed_rows(own.q_len), c = tiles_.class_of(packed_rows);
-    const int32_t unit = p.num_kv_heads.value * first + head * count + index;
+    const int32_t heads = p.num_kv_heads.value;
+    const int32_t unit = heads * first + (block < 0 ? index * heads + head : head * count + index);
     WorkItem item;
     tiles_.fill_range(own, c, block < 0, piece, &item);
     const int32_t row_end = item.row_begin + item.num_rows;
@@ -147,10 +148,19 @@ class NodePasses {
     if (!is_partial) partial_row = -1;
     const int32_t num_splits = is_whole ? is_member : piece.num_splits;
     const bool is_request = block >= 0;
-    store_16(to, is_request ? block : node.table_row, item.kv_begin, item.kv_end, 0);
-    store_16(&to->hole_end, 0, head, qo_begin, is_request ? own.kv_len - own.q_len : 0);
-    store_16(&to->row_begin, item.row_begin, item.num_rows, partial_row, unit);
-    store_16(&to->tile_class, c, block, is_request ? own.q_len : 0, is_request ? own.kv_len : 0);
+    item.table_row = is_request ? block : node.table_row;
+    item.hole_begin = item.hole_end = 0;
+    item.kv_head = head;
+    item.qo_begin = qo_begin;
+    item.q_pos_begin = is_request ? own.kv_len - own.q_len : 0;
+    item.partial_row = partial_row;
+    item.unit = unit;
+    item.tile_class = c;
+    item.request = block;
+    item.q_len = is_request ? own.q_len : 0;
+    item.kv_len = is_request ? own.kv_len : 0;
+    store_item(const_cast<WorkItem*>(plan.items + number), item);
+    if (piece.span >= 0) store_item(const_cast<WorkItem*>(plan.first_items + piece.span), item);
     if (piece.step_begin > 0) return;
     if (is_request) {
       const int32_t expected = num_splits + (is_member ? arrivals(piece.place, shared, item) : 0);
@@ -213,8 +223,10 @@ class NodePasses {
     const ForestLink link = link_at(l);
     const int32_t begin = forest_view(p).nodes[link.node].token_begin + link.token_offset;
     if (first == 0) {
-      const Pair record{link.node, tiles_.packed_rows(link.token_offset)};
-      *reinterpret_cast<Pair*>(const_cast<NodeLink*>(plan.links + l)) = record;
+      const NodePlace<Cost> node = s.nodes[link.node];
+      store_16(const_cast<NodeLink*>(plan.links + l), link.node,
+               tiles_.packed_rows(link.token_offset), p.num_kv_heads.value * node.tile_begin,
+               class_of(node.num_tokens));
     }
     const int32_t token = s.qo_begin[r], q_len = s.q_len[r], q_pos = s.kv_len[r] - q_len;
     GatheredToken* to = const_cast<GatheredToken*>(plan.gathered + begin);

@@ -92,6 +92,11 @@ FI_HOST_DEVICE inline void store_16(void* to, int32_t x, int32_t y, int32_t z, i
   *static_cast<Quad*>(to) = {x, y, z, w};
 }
 
+FI_HOST_DEVICE inline void store_item(WorkItem* to, const WorkItem& item) {
+  const auto* from = reinterpret_cast<const Quad*>(&item);
+  for (int32_t i = 0; i < 4; ++i) reinterpret_cast<Quad*>(to)[i] = from[i];
+}
+
 // Consecutive entries of one thread, `to` on a multiple of them: 16 bytes at a time where there are
 // four, which neighbours do without bank conflicts.
 template <class T, int32_t kCount>
@@ -222,6 +227,7 @@ struct Piece {
   int32_t step_begin, step_end;
   int32_t partial_row;  // as Cut::rows counts them; -1: the whole tile
   int32_t num_splits;   // pieces of the tile; known to its first piece
+  int32_t span;         // that begins with this piece; -1: none does
 };
 
 }  // namespace fi::planner

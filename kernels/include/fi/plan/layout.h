@@ -30,6 +30,8 @@ struct PlanCapacity {
 // Byte offsets from the start of the plan; every array starts on a 64-byte boundary.
 struct PlanLayout {
   int64_t cta_ptr;      // int32[num_ctas + 1]: items of CTA p are [cta_ptr[p], cta_ptr[p + 1])
+  int64_t first_items;  // WorkItem[num_ctas]: a copy of each CTA's first item, which need not wait
+                        //   for cta_ptr; undefined where a CTA has none
   int64_t items;        // WorkItem[max_items]
   int64_t units;        // MergeUnit[max_units]
   int64_t requests;     // PlannedRequest[max_requests]
@@ -49,6 +51,7 @@ struct PlanLayout {
 struct PlanView {
   const PlanHeader* header;
   const int32_t* cta_ptr;
+  const WorkItem* first_items;
   const WorkItem* items;
   const MergeUnit* units;
   const PlannedRequest* requests;
@@ -62,6 +65,7 @@ FI_HOST_DEVICE inline PlanView view_plan(const void* plan, const PlanLayout& lay
   const char* base = static_cast<const char*>(plan);
   return {reinterpret_cast<const PlanHeader*>(base),
           reinterpret_cast<const int32_t*>(base + layout.cta_ptr),
+          reinterpret_cast<const WorkItem*>(base + layout.first_items),
           reinterpret_cast<const WorkItem*>(base + layout.items),
           reinterpret_cast<const MergeUnit*>(base + layout.units),
           reinterpret_cast<const PlannedRequest*>(base + layout.requests),

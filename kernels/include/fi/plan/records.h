@@ -64,7 +64,7 @@ struct PlannedRequest {
 
 // A shared prefix: one row block whose query tokens are gathered from all members.
 struct PlannedNode {
-  int32_t tile_base;  // node tiles: tile_base + kv_head * num_tiles + tile
+  int32_t tile_base;  // node tiles: tile_base + tile * num_kv_heads + kv_head
   int32_t num_tiles;
   int32_t tile_class;
   int32_t gather_begin;  // gathered tokens [gather_begin, gather_begin + num_tokens)
@@ -82,10 +82,12 @@ struct NodeTile {
   int32_t reserved;
 };
 
-// Membership of a request in a node.
-struct NodeLink {
+// Membership of a request in a node, with what a merge needs to know of the node.
+struct alignas(16) NodeLink {
   int32_t node;
   int32_t row_offset;  // packed row, within the node, of the request's packed row 0
+  int32_t tile_base;   // PlannedNode's
+  int32_t tile_class;  //
 };
 
 // A query token of a node's row block.

@@ -257,8 +257,10 @@ __device__ void run_items(const KernelParams& p) {
   __shared__ PendingUnits pending;
   static_assert(sizeof(current) + sizeof(done) + sizeof(pending) <= kStaticBytes);
   int num_pending = 0;
+  prefetch_item(plan_of(p).first_items + blockIdx.x, current);  // before it is known to exist
   const int first = __ldg(plan_of(p).cta_ptr + blockIdx.x);
   const int end = __ldg(plan_of(p).cta_ptr + blockIdx.x + 1);
+  ptx::cp_async_wait_all();
   if (first == end) return;
   if (ptx::thread_index() == 0) {
     current.end = end;
@@ -267,14 +269,12 @@ __device__ void run_items(const KernelParams& p) {
     current.v_stride = p.kv.v_stride;
     current.table = p.table;
   }
-  prefetch_item(p, first, current);
-  ptx::cp_async_wait_all();
   __syncthreads();
   bool is_last;
   do {
     advance_item<S, V::kRolls>(p, current);
     __syncthreads();
-    if (current.left > 0) prefetch_item(p, current.end - current.left, current);
+    if (current.left > 0) prefetch_item(plan_of(p).items + (current.end - current.left), current);
     // The same of all lanes, by a way that shows it: uniform registers are kept through the work.
     const int own_class = __shfl_sync(0xffffffff, current.item.tile_class, 0);
     int c = 0;

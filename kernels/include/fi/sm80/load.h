@@ -56,13 +56,13 @@ __device__ inline PlanView plan_of(const KernelParams& p) {
   return view_plan(ptx::here(p.plan), p.layout);
 }
 
-// Starts the copy of item `index` to current.next; landed when all copies of the CTA have.
-__device__ inline void prefetch_item(const KernelParams& p, int index, CurrentItem& current) {
+// Starts the copy of an item of the plan to current.next; landed when all copies of the CTA have.
+__device__ inline void prefetch_item(const WorkItem* item, CurrentItem& current) {
   constexpr uint32_t kChunks = sizeof(WorkItem) / 16;
   const uint32_t thread = ptx::thread_index();
   if (thread >= kChunks) return;
   ptx::cp_async_16(ptx::shared_address(&current.next) + thread * 16,
-                   reinterpret_cast<const char*>(plan_of(p).items + index) + thread * 16, true);
+                   reinterpret_cast<const char*>(item) + thread * 16, true);
 }
 
 // The box of a request item's rows, which ascend.

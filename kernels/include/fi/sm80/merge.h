@@ -17,37 +17,53 @@ struct States {
 // lanes a row has and how many states are fetched at once, never this: bits must not depend on it.
 constexpr int kMergeGroup = 4;
 
-// Adds a row's states, in order. kBatch of them are fetched at a time: one after the other would
-// cost an L2 latency each. What does not exist is of no weight and costs no access.
-template <class S, int kQuads, int kBatch, bool kSoftmax, int kMaxQuads>
-__device__ inline void add_states(const KernelParams& p, const States& states, int lane,
-                                  RowMerge<kSoftmax, kMaxQuads>& merge) {
-  static_assert(kBatch % kMergeGroup == 0);
-  constexpr int kQuadsOfRow = S::kHeadDimVo / 4, kLanes = kLanesOfRow<S, kQuads>;
-  const float* lse_at = p.partial_lse + states.first;
-  const float4* o_at = reinterpret_cast<const float4*>(p.partial_o) +
-                       static_cast<int64_t>(states.first) * kQuadsOfRow + lane;
-  const int64_t next_o = static_cast<int64_t>(states.stride) * kQuadsOfRow;
-#pragma unroll 1
-  for (int left = states.count; left > 0; left -= kBatch) {
-    float lse[kBatch];
-    float4 o[kBatch][kQuads];
+// States of a row on their way, this lane's components of them. What does not exist is of no weight
+// and costs no access.
+template <class S, int kQuads, int kCount>
+struct FetchedStates {
+  float lse[kCount];
+  float4 o[kCount][kQuads];
+
+  // The first states of those, which leaves the others.
+  template <bool kSoftmax>
+  __device__ void fetch(const KernelParams& p, States& from, int lane) {
+    constexpr int kQuadsOfRow = S::kHeadDimVo / 4, kLanes = kLanesOfRow<S, kQuads>;
+    const float* lse_at = p.partial_lse + from.first;
+    const float4* o_at = reinterpret_cast<const float4*>(p.partial_o) +
+                         static_cast<int64_t>(from.first) * kQuadsOfRow + lane;
+    const int64_t next_o = static_cast<int64_t>(from.stride) * kQuadsOfRow;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      lse[i] = kSoftmax ? ptx::load_4(lse_at, i, left, neg_infinity()) : 0.0f;
+    for (int i = 0; i < kCount; ++i) {
+      lse[i] = kSoftmax ? ptx::load_4(lse_at, i, from.count, neg_infinity()) : 0.0f;
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) {
         const bool is_of_row = kQuadsOfRow % kQuads == 0 || lane + q * kLanes < kQuadsOfRow;
-        o[i][q] = ptx::load_16(o_at + q * kLanes, i, is_of_row ? left : 0);
+        o[i][q] = ptx::load_16(o_at + q * kLanes, i, is_of_row ? from.count : 0);
       }
-      lse_at += states.stride;
+      lse_at += from.stride;
       o_at += next_o;
     }
+    from.first += kCount * from.stride;
+    from.count -= kCount;
+  }
+};
+
+// Adds a row's states, in order. kBatch of them are fetched at a time: one after the other would
+// cost an L2 latency each.
+template <class S, int kQuads, int kBatch, bool kSoftmax, int kMaxQuads>
+__device__ inline void add_states(const KernelParams& p, States states, int lane,
+                                  RowMerge<kSoftmax, kMaxQuads>& merge) {
+  static_assert(kBatch % kMergeGroup == 0);
+#pragma unroll 1
+  while (states.count > 0) {
+    const int left = states.count;
+    FetchedStates<S, kQuads, kBatch> batch;
+    batch.template fetch<kSoftmax>(p, states, lane);
     ptx::finish_loads();
 #pragma unroll
     for (int g = 0; g < kBatch; g += kMergeGroup) {
       if (g >= left) break;
-      merge.template add<kMergeGroup>(lse + g, o + g);
+      merge.template add<kMergeGroup>(batch.lse + g, batch.o + g);
     }
   }
 }
@@ -55,12 +71,32 @@ __device__ inline void add_states(const KernelParams& p, const States& states, i
 // A request's packed row `packed` in node `link`.
 template <class ClassRows>
 __device__ inline States states_in_node(const PlanView& plan, ClassRows class_rows,
-                                        const NodeLink& link, int kv_head, int packed) {
-  const PlannedNode& node = plan.nodes[link.node];
-  const int tile_rows = class_rows(node.tile_class), node_row = link.row_offset + packed;
+                                        const NodeLink& link, int num_kv_heads, int kv_head,
+                                        int packed) {
+  const int tile_rows = class_rows(link.tile_class), node_row = link.row_offset + packed;
   const NodeTile& at =
-      plan.node_tiles[node.tile_base + kv_head * node.num_tiles + node_row / tile_rows];
+      plan.node_tiles[link.tile_base + node_row / tile_rows * num_kv_heads + kv_head];
   return {at.partial_row + node_row % tile_rows, at.num_splits, at.num_rows};
+}
+
+// Adds the states of a request's row: those in nodes, then its own, of which the first are on their
+// way while those in nodes are looked up.
+template <class S, int kQuads, int kBatch, class InNode, bool kSoftmax, int kMaxQuads>
+__device__ inline void add_all_states(const KernelParams& p, const InNode& in_node,
+                                      const PlannedRequest& request, States own, int lane,
+                                      RowMerge<kSoftmax, kMaxQuads>& merge) {
+  constexpr bool kFetchesAhead = !S::kDecodes && kQuads <= 4;  // else there are no registers
+  FetchedStates<S, kQuads, kMergeGroup> ahead;
+  if constexpr (kFetchesAhead) ahead.template fetch<kSoftmax>(p, own, lane);
+  const int end = S::kDecodes ? request.link_begin : request.link_end;
+#pragma unroll 1
+  for (int link = request.link_begin; link <= end; ++link) {
+    const bool is_own = link == end;
+    if constexpr (kFetchesAhead) {
+      if (is_own) merge.template add<kMergeGroup>(ahead.lse, ahead.o);
+    }
+    add_states<S, kQuads, kBatch>(p, is_own ? own : in_node(link), lane, merge);
+  }
 }
 
 // A merge unit and the request whose it is.
@@ -84,22 +120,19 @@ __device__ inline void merge_row(const KernelParams& p, const PlanView& plan, Cl
   const int kv_head = in_request / num_tiles, tile = in_request % num_tiles;
   const int packed = tile * class_rows(request.tile_class) + row;
   RowMerge<V::kSoftmax, kMaxQuads> merge;
-  const int num_nodes = S::kDecodes ? 0 : request.link_end - request.link_begin;
-  for (int n = 0; n <= num_nodes; ++n) {
-    States states = {unit.partial_row + row, unit.num_splits, unit.num_rows};
-    if (n < num_nodes) {
-      const NodeLink& link = plan.links[request.link_begin + n];
-      states = states_in_node(plan, class_rows, link, kv_head, packed);
-    }
-    if constexpr (kOneWidth) {
-      add_states<S, kMaxQuads, 16 / kMaxQuads>(p, states, share.lane, merge);
-    } else if (share.quads == 1) {
-      add_states<S, 1, 16>(p, states, share.lane, merge);
-    } else if (kMaxQuads == 4 || share.quads == 4) {
-      add_states<S, 4, 4>(p, states, share.lane, merge);
-    } else {
-      add_states<S, kMaxQuads, 4>(p, states, share.lane, merge);
-    }
+  const States own = {unit.partial_row + row, unit.num_splits, unit.num_rows};
+  const auto in_node = [&](int link) {
+    return states_in_node(plan, class_rows, plan.links[link], p.num_qo_heads / S::kGroupSize,
+                          kv_head, packed);
+  };
+  if constexpr (kOneWidth) {
+    add_states<S, kMaxQuads, 16 / kMaxQuads>(p, own, share.lane, merge);
+  } else if (share.quads == 1) {
+    add_all_states<S, 1, 16>(p, in_node, request, own, share.lane, merge);
+  } else if (kMaxQuads == 4 || share.quads == 4) {
+    add_all_states<S, 4, 4>(p, in_node, request, own, share.lane, merge);
+  } else {
+    add_all_states<S, kMaxQuads, 4>(p, in_node, request, own, share.lane, merge);
   }
   const int local = packed / S::kGroupSize;
   const VariantRow who = {request.kv_len - request.q_len + local,
