@@ -277,12 +277,12 @@ class PlanBuilder {
     const int64_t at = it - cost_prefix_.begin() - 1;
     const int32_t index = static_cast<int32_t>(at - first);
     const RowTile tile = row_tile(low, tiles_of(low) - 1 - index);
-    // Less than the tile's cost is left: a cut never follows all its steps.
     const Cut cut = {low, head, index, tile.steps_within(in_head - cost_prefix_[at])};
     const int64_t rest = cost_prefix_[at + 1] - in_head;
     const int64_t span = cost_prefix_.back() / config_.num_ctas * heads;
-    const bool is_short = is_short_rest(rest, tile.c_fixed, span);
-    return !tile.whole_chunks() && cut.step > 0 && is_short ? next_row_tile(cut) : cut;
+    // Where chunks are whole, less than the tile's cost is left: a cut never follows all its steps.
+    const bool moves = cut.step == tile.num_steps() || is_short_rest(rest, tile.c_fixed, span);
+    return !tile.whole_chunks() && cut.step > 0 && moves ? next_row_tile(cut) : cut;
   }
 
   Cut next_row_tile(Cut c) const {

@@ -38,23 +38,27 @@ def test_one_decode_on_one_cta_is_one_item_per_kv_head() -> None:
 
 
 def test_a_cut_falls_on_a_multiple_of_the_kv_tile() -> None:
-    # One tile of cost 200 + 4 * 400 = 1800; the cut at 900 leaves (900 - 200) / 400 = 1 step.
+    # One tile of cost 200 + 4 * 400 = 1800; before the cut at 900 lie half of the fixed cost and
+    # (900 - 100) / 400 = 2 steps.
     plan = make_plan(Step((1,), (256,), num_kv_heads=1, num_ctas=2))
-    assert ranges(plan) == [(0, 0, 0, 64), (0, 0, 64, 256)]
+    assert ranges(plan) == [(0, 0, 0, 128), (0, 0, 128, 256)]
     assert [int(i["partial_row"]) for i in plan.arrays["items"]] == [0, 4]
     unit = plan.arrays["units"][0]
     assert (unit["expected"], unit["num_splits"], unit["num_rows"]) == (2, 2, 4)
 
 
 def test_a_short_rest_stays_with_what_precedes_it() -> None:
-    # Costs of 200 + 8 * 100 and 200 + 7 * 100: the cut at 950 leaves a rest of 50 of the first
-    # request, less than a start and than an eighth of a span.
     classes = ((16, 64, 200, 100),)
-    step = Step((1, 1), (512, 448), num_kv_heads=1, num_ctas=2, classes=classes)
-    assert ranges(make_plan(step)) == [(0, 0, 0, 512), (1, 0, 0, 448)]
-    # The cut at 650 leaves 350, more than a start.
-    step = Step((1, 1), (512, 64), num_kv_heads=1, num_ctas=2, classes=classes)
-    assert ranges(make_plan(step)) == [(0, 0, 0, 256), (0, 0, 256, 512), (1, 0, 0, 64)]
+    # Costs 1400, 1400, 2400. The cut at 2600 has 11 of the second request's 12 steps before it and
+    # leaves 200 of its cost: no more than a start, nor than an eighth of a span.
+    step = Step((1, 1, 1), (768, 768, 1408), num_kv_heads=1, num_ctas=2, classes=classes)
+    assert ranges(make_plan(step)) == [(0, 0, 0, 768), (1, 0, 0, 768), (2, 0, 0, 1408)]
+    # Costs 1400 and 1000: the cut at 1200 leaves 200, a sixth of a span.
+    step = Step((1, 1), (768, 512), num_kv_heads=1, num_ctas=2, classes=classes)
+    assert ranges(make_plan(step)) == [(0, 0, 0, 704), (0, 0, 704, 768), (1, 0, 0, 512)]
+    # Costs 1400 and 1100: all 12 steps lie before the cut at 1250.
+    step = Step((1, 1), (768, 576), num_kv_heads=1, num_ctas=2, classes=classes)
+    assert ranges(make_plan(step)) == [(0, 0, 0, 768), (1, 0, 0, 576)]
 
 
 def test_causal_prefill_tiles_are_counted_exactly_and_descend() -> None:

@@ -119,9 +119,10 @@ class StepPlanner {
       cut.step = tiles_.row_tile(own, tile_class, last - first, index).steps_within(budget);
     } else {
       const Cost c_fixed = tiles_.fixed_cost(tile_class, false);
-      cut.step = tiles_.steps_within(budget, c_fixed, tile_class);
-      const Cost rest = s.cost[tile + 1] - s.cost[tile] - budget;
-      if (cut.step > 0 && is_short_rest(rest, c_fixed, share * static_cast<Cost>(heads))) {
+      const Cost tile_cost = s.cost[tile + 1] - s.cost[tile];
+      cut.step = tiles_.steps_within(budget, tile_cost, c_fixed, tile_class);
+      const Cost span = share * static_cast<Cost>(heads);
+      if (tiles_.is_at_end(cut.step, budget, tile_cost, c_fixed, span, tile_class)) {
         cut = {cut.tile + 1, 0, 0, 0};
       }
     }

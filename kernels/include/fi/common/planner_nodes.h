@@ -70,9 +70,9 @@ class NodePasses {
     const int32_t before =
         p.num_kv_heads.value * first + head * count + (is_node ? 0 : num_tiles());
     const Cost c_fixed = tiles_.fixed_cost(c, is_node);
-    const int32_t step = tiles_.steps_within(in_head, c_fixed, c);
+    const int32_t step = tiles_.steps_within(in_head, tile_cost, c_fixed, c);
     const Cost span = share * static_cast<Cost>(p.num_kv_heads.value);
-    if (step > 0 && is_short_rest(tile_cost - in_head, c_fixed, span)) {
+    if (tiles_.is_at_end(step, in_head, tile_cost, c_fixed, span, c)) {
       return {before + tile + 1, 0, 0, 0};
     }
     return {before + tile, step, 0, 0};

@@ -163,14 +163,23 @@ class TileRules {
     return static_cast<Cost>(tile_class(c).c_fixed) + (is_node ? kNodeFixed : 0);
   }
 
-  // Steps of a tile that fit into what is left of its cost: not all of them do.
-  FI_HOST_DEVICE int32_t steps_within(Cost budget, Cost c_fixed, int32_t c) const {
-    if (budget <= c_fixed) return 0;
+  // RowTile::steps_within().
+  FI_HOST_DEVICE int32_t steps_within(Cost budget, Cost tile_cost, Cost c_fixed, int32_t c) const {
+    const Cost plus = budget + static_cast<Cost>(tile_class(c).c_tile) / 2, minus = c_fixed / 2;
+    if (plus <= minus || tile_cost == c_fixed) return 0;
     if constexpr (kMode.is_narrow) {
-      return pick(p.c_tile, c).quotient(static_cast<int32_t>(budget - c_fixed));
+      return pick(p.c_tile, c).quotient(static_cast<int32_t>(plus - minus));
     } else {
-      return static_cast<int32_t>(pick(p.wide.c_tile, c).divide(budget - c_fixed).quotient);
+      return static_cast<int32_t>(pick(p.wide.c_tile, c).divide(plus - minus).quotient);
     }
+  }
+
+  // Whether a cut after `step` steps of a tile moves to its end.
+  FI_HOST_DEVICE bool is_at_end(int32_t step, Cost budget, Cost tile_cost, Cost c_fixed, Cost span,
+                                int32_t c) const {
+    const Cost before = static_cast<Cost>(tile_class(c).c_tile) * static_cast<Cost>(step);
+    return step > 0 &&
+           (before + c_fixed >= tile_cost || is_short_rest(tile_cost - budget, c_fixed, span));
   }
 
   FI_HOST_DEVICE RowTile row_tile(const OwnPart& own, int32_t c, int32_t num_tiles,

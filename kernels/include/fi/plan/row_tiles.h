@@ -87,10 +87,13 @@ struct RowTile {
     return min_i32((chunk.quotient(kv_begin) + s) * chunk_tiles - first_tile(), num_tiles());
   }
 
-  // Steps that fit into `budget` from the tile's start, the fixed cost included.
+  // Steps from the tile's start that cost about `budget`. Half of the fixed cost counts before the
+  // cut and half behind it, where the tile begins again. In batch-invariant mode all of it counts
+  // for every step, and the steps fit.
   FI_HOST_DEVICE int32_t steps_within(int64_t budget) const {
     if (!whole_chunks()) {
-      return budget <= c_fixed ? 0 : min_i32(quotient_of(budget - c_fixed, c_tile), num_tiles());
+      const int64_t left = budget + c_tile / 2 - c_fixed / 2;
+      return left <= 0 ? 0 : min_i32(quotient_of(left, c_tile), num_tiles());
     }
     int32_t low = 0, high = num_steps();  // the most steps whose cost is <= budget
     while (low < high) {
