@@ -203,7 +203,7 @@ __device__ void arrive_and_merge(const KernelParams& p, const PlanView& plan, Cl
     __syncthreads();
     if (done.count > 0) {
       merge_units<S, V, kMaxRows, kThreads>(p, plan_of(p), class_rows, done, units);
-      most *= 2;
+      most = min_int(2 * most, 32);
     }
     if (!has_nodes) return;
     if (is_open) {
