@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from e2e_bench import flashinfer_peers, graph_timing, report, run_log, tables
+from e2e_bench import flashinfer_peers, graph_timing, report, tables
 from e2e_bench.correctness import Reference
 from e2e_bench.gpu_data import Data, make_pool
 from e2e_bench.impls import Fa3, Implementation, NotHere, Ours, make_planner
@@ -77,18 +77,11 @@ def run(options: Options) -> int:
             rows += bench(workload, impls, Runner(pool, options.repeats, log))
         print(f"{workload.name}: {time.perf_counter() - begin:.1f} s", flush=True)
         gc.collect()  # graphs hold their memory pools in cycles
-        if options.out is not None and rows:
-            report.write(options.out, _header(log), rows)
+        log.write(options.out, rows, method=METHOD)
         if log.device_is_lost:
             break
     print(tables.kernel_table(rows))
     return log.finish()
-
-
-def _header(log: RunLog) -> dict[str, object]:
-    return report.meta(
-        run_log.gpu_versions(), gpu=report.gpu_name(), method=METHOD, failures=log.failures
-    )
 
 
 def _find_impls(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fi_backend as fi
-from e2e_bench import graph_timing, report, run_log, tables
+from e2e_bench import graph_timing, report, tables
 from e2e_bench.run_log import RunLog
 from e2e_bench.workloads import LLAMA
 
@@ -134,9 +134,7 @@ def run(out: Path | None, quick: bool) -> int:
     for name in list(MAKERS)[:: 3 if quick else 1]:
         with log.attempt(name, OURS):
             rows += _rows(name, MAKERS[name](device), device)
-    if out is not None and rows:
-        header = report.meta(run_log.gpu_versions(), gpu=report.gpu_name(), failures=log.failures)
-        report.write(out, header, rows)
+    log.write(out, rows)
     print(tables.spread_table(rows))
     return log.finish()
 

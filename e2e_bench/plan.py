@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import fi_backend as fi
-from e2e_bench import detection, graph_timing, report, run_log, tables
+from e2e_bench import detection, graph_timing, report, tables
 from e2e_bench.host_timing import HOST_CALLS, host_row
 from e2e_bench.impls import Fa3, NotHere, scheduler_metadata
 from e2e_bench.run_log import RunLog
@@ -106,10 +106,7 @@ def run(out: Path | None, fa3: Path | None, quick: bool) -> int:
             break
     if not log.device_is_lost:
         rows += detection.rows(device, quick, log)
-    if out is not None and rows:
-        versions = run_log.gpu_versions()
-        header = report.meta(versions, gpu=report.gpu_name(), failures=log.failures)
-        report.write(out, header, rows)
+    log.write(out, rows)
     print(tables.time_table(rows))
     return log.finish()
 

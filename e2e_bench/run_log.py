@@ -1,4 +1,4 @@
-"""Failures of a run: what fails does not end it, but the exit status says so."""
+"""A run: what fails does not end it, but the exit status and the results say so."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+
+from e2e_bench import report
 
 
 @dataclass
@@ -44,6 +47,20 @@ class RunLog:
         except RuntimeError as error:
             self.device_is_lost = True
             print(f"the device is lost, what is left is not run: {error}", flush=True)
+
+    def write(self, out: Path | None, rows: list[report.Row], **more: str) -> None:
+        """Write rows of the current GPU, and what failed; without ``out`` or rows, nothing.
+
+        Args:
+            out: the file.
+            rows: measured so far.
+            more: further entries of the header.
+        """
+        if out is None or not rows:
+            return
+        name = report.gpu_name()
+        header = report.meta(gpu_versions(), gpu=name, failures=self.failures, **more)
+        report.write(out, header, rows)
 
     def finish(self) -> int:
         """Print all failures; return the exit status."""

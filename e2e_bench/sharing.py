@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import fi_backend as fi
-from e2e_bench import graph_timing, report, run_log, tables
+from e2e_bench import graph_timing, report, tables
 from e2e_bench.correctness import Reference
 from e2e_bench.gpu_data import Data, make_pool
 from e2e_bench.impls import make_planner
@@ -117,11 +117,7 @@ def run(out: Path | None, only: Sequence[str], quick: bool) -> int:
             rows += bench(Data(workload, pool), 10 if quick else 30, log)
         print(f"{title(workload)}: {time.perf_counter() - begin:.1f} s", flush=True)
         gc.collect()  # graphs hold their memory pools in cycles
-        if out is not None and rows:
-            header = report.meta(
-                run_log.gpu_versions(), gpu=report.gpu_name(), method=METHOD, failures=log.failures
-            )
-            report.write(out, header, rows)
+        log.write(out, rows, method=METHOD)
         if log.device_is_lost:
             break
     print(tables.sharing_table(rows))

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import fi_backend as fi
-from e2e_bench import graph_timing, report, run_log, tables
+from e2e_bench import graph_timing, report, tables
 from e2e_bench.run_log import RunLog
 from e2e_bench.tables import APART, OURS
 from fi_backend.variants import shipped
@@ -216,11 +216,7 @@ def run(out: Path | None, only: Sequence[str], quick: bool) -> int:
             rows += bench(stream, device, 10 if quick else 30)
         gc.collect()
         torch.cuda.empty_cache()
-        if out is not None and rows:
-            header = report.meta(
-                run_log.gpu_versions(), gpu=report.gpu_name(), method=METHOD, failures=log.failures
-            )
-            report.write(out, header, rows)
+        log.write(out, rows, method=METHOD)
         if log.device_is_lost:
             break
     print(tables.streaming_table(rows))

@@ -8,9 +8,9 @@ namespace fi::host {
 namespace {
 
 // A row of the sm80 tile table, for heads whose larger dimension is at most `max_head_dim`.
-// In units of 9 ns of an H200, where tiles of 64 and 128 rows multiply by warpgroups: traced in
-// steps with shared prefixes (docs/notes/2026-11-27-shared-tails.md), those of head dimension 64
-// and 192 scaled.
+// Costs are in units of about 9 ns of an H200, where tiles of 64 and 128 rows multiply by
+// warpgroups. Those of head dimension 128 were traced in steps with shared prefixes
+// (docs/notes/2026-11-27-shared-tails.md), the others follow from them or are older.
 struct TileRow {
   int32_t max_head_dim;
   int32_t rows, kv_tile, stages;

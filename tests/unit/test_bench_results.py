@@ -10,6 +10,7 @@ import pytest
 
 from e2e_bench import documents, evidence, picture, report, tables
 from e2e_bench.report import MalformedResults, Row
+from e2e_bench.run_log import RunLog
 
 ROWS = [
     Row("dec.a", "fi_backend", 8.0, 7.5, 9.0, 4000.0, 1.5, 4.0, 0.7),
@@ -38,6 +39,23 @@ def test_files_keep_rows_and_header(tmp_path: Path) -> None:
     assert rows == ROWS
     assert loaded == header()
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_run_writes_what_failed_beside_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "gpu_name", lambda: "NVIDIA H200")
+    path, log = tmp_path / "ops-h200.json", RunLog()
+    with log.attempt("pre.c", "fa3"):
+        raise ValueError("no such workload")
+    log.write(path, [])
+    log.write(None, ROWS)
+    assert not path.exists()
+    log.write(path, ROWS, method="in turns")
+    loaded, rows = report.load(path)
+    assert rows == ROWS
+    assert (loaded["gpu"], loaded["method"]) == ("NVIDIA H200", "in turns")
+    assert [f["workload"] for f in loaded["failures"]] == ["pre.c"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
-// The merge of units by the CTA that brought their last partial state: nodes ascending, then the
-// request's own splits ascending.
+// The merge of units that are complete: nodes ascending, then the request's own splits ascending.
 #pragma once
 
 #include "fi/ptx/arrive.h"
