@@ -18,12 +18,15 @@ __device__ inline int32_t arrive(int32_t* counter) {
   return before + 1;
 }
 
-// The same, true for the last of `expected`, who resets the counter for the next launch. Nobody
-// else may look at it.
+// The same, true for the last of `expected`, who also resets the counter for the next launch: nobody
+// else can claim what is counted. All who arrive at a counter name the same number.
 __device__ inline bool arrive_last(int32_t* counter, int32_t expected) {
-  if (arrive(counter) != expected) return false;
-  *counter = 0;
-  return true;
+  uint32_t before;
+  asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(static_cast<uint32_t>(expected - 1))
+               : "memory");
+  return before == static_cast<uint32_t>(expected - 1);
 }
 
 // The arrivals so far, by one who has arrived: 0 when a claim has reset them.

@@ -37,7 +37,10 @@ __device__ inline void cp_async_16(uint32_t smem, const void* gmem, bool valid, 
       : "memory");
 }
 
-// 8 bytes through L1.
+// 4 and 8 bytes through L1.
+__device__ inline void cp_async_4(uint32_t smem, const void* gmem) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(smem), "l"(gmem) : "memory");
+}
 __device__ inline void cp_async_8(uint32_t smem, const void* gmem) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;\n" ::"r"(smem), "l"(gmem) : "memory");
 }

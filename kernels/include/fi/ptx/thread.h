@@ -22,8 +22,9 @@ __device__ inline uint32_t cycles() {
 }
 
 // The same address, in a form that the compiler computes where it is used and not before.
-__device__ inline const void* here(const void* address) {
-  const void* same;
+template <class T>
+__device__ inline T* here(T* address) {
+  T* same;
   asm volatile("mov.b64 %0, %1;" : "=l"(same) : "l"(address));
   return same;
 }

@@ -6,6 +6,14 @@
 
 namespace fi::sm80 {
 
+FI_HOST_DEVICE constexpr int max_int(int a, int b) { return a > b ? a : b; }
+template <class... Ints>
+FI_HOST_DEVICE constexpr int most_of(int first, Ints... others) {
+  ((first = max_int(first, others)), ...);
+  return first;
+}
+FI_HOST_DEVICE constexpr int min_int(int a, int b) { return a < b ? a : b; }
+
 // A tile class: `kRows` packed query rows by `kKvTile` KV tokens, in `kStages` shared-memory
 // stages, for CTAs of `kWarps` warps. Warps split the rows into blocks of 16 or 32 first, then the
 // KV tokens; states of the same rows merge at the end of an item. 16 rows leave warps past the
@@ -22,6 +30,25 @@ struct Tile {
   static constexpr int kRowBlocks = kRows / (16 * kWarpsM);  // m16 blocks of a warp
   static constexpr int kWarpCols = kKvTile / kWarpsN;        // KV tokens of a warp
   static_assert(kRows % 16 == 0 && kWarpCols % 16 == 0);
+};
+
+// The tile classes of a launch, in the planner's order.
+template <class... Tiles>
+struct TileClasses {
+  static constexpr int kMaxRows = most_of(Tiles::kRows...);
+  static constexpr int kThreads = most_of(Tiles::kThreads...);
+
+  // Packed rows of a class, without an array, which would live in local memory.
+  FI_HOST_DEVICE static int rows(int tile_class) {
+    int c = 0, rows = 0;
+    ((tile_class == c++ ? rows = Tiles::kRows : 0), ...);
+    return rows;
+  }
+
+  // Whether tiles of class T hold all rows of their block, as all but those of the largest do, and
+  // those of one decoded token.
+  template <class T>
+  static constexpr bool kHoldsBlock = T::kRows == 16 || T::kRows < kMaxRows;
 };
 
 // Element: of q and out. KvElement: of the cache, Element or Float8E4M3.
@@ -49,13 +76,6 @@ struct Shape {
 // Rows of shared memory are padded to an odd number of 16-byte chunks: eight consecutive rows of
 // one chunk column then fall into different banks, for ldmatrix and its transposed form alike.
 FI_HOST_DEVICE constexpr int row_pitch(int row_bytes) { return (row_bytes / 16 | 1) * 16; }
-FI_HOST_DEVICE constexpr int max_int(int a, int b) { return a > b ? a : b; }
-template <class... Ints>
-FI_HOST_DEVICE constexpr int most_of(int first, Ints... others) {
-  ((first = max_int(first, others)), ...);
-  return first;
-}
-FI_HOST_DEVICE constexpr int min_int(int a, int b) { return a < b ? a : b; }
 
 // Shared memory of one CTA: byte offsets from its start.
 struct SharedPlan {
@@ -70,7 +90,9 @@ struct SharedPlan {
 
 constexpr int kRowInfoBytes = 24;    // sizeof(VariantRow)
 constexpr int kRowOffsetBytes = 16;  // sizeof(RowOffsets)
-constexpr int kStaticBytes = 384;    // what a kernel declares beside, at most (kernel.h)
+
+// What a kernel declares beside, at most (kernel.h).
+FI_HOST_DEVICE constexpr int static_bytes(int rows) { return rows == 16 ? 384 : 448; }
 
 FI_HOST_DEVICE constexpr SharedPlan plan_shared(int head_dim_qk, int head_dim_vo, int kv_bytes,
                                                 int rows, int kv_tile, int num_stages,

@@ -38,8 +38,8 @@ __device__ inline CurrentItem& current_item() {
   return current;
 }
 
-// kReadsOnce: the tile holds all rows of its block.
-template <class S, class V, class T, bool kReadsOnce>
+// An item of class T, one of Classes.
+template <class S, class V, class T, class Classes>
 __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem) {
   constexpr SharedPlan kPlan = kShared<S, T>;
   const WorkItem& item = current.item;
@@ -49,7 +49,7 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     return smem_q + kPlan.stages + tile % T::kStages * kPlan.stage_bytes;
   };
 
-  const KvLoader<S, T, kReadsOnce> loader(p, current, smem);
+  const KvLoader<S, T, Classes::template kHoldsBlock<T>> loader(p, current, smem);
   const int num_tiles = loader.num_tiles();
   // Page ids of all stages at once, a token a thread.
   constexpr int kTokens = T::kStages * T::kKvTile;
@@ -60,7 +60,7 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     const int token = r * T::kThreads + static_cast<int>(ptx::thread_index());
     first_pages[r] = loader.fetch(token / T::kKvTile, token % T::kKvTile);
   }
-  load_rows<S, T>(p, current, rows);
+  load_rows<S, V, T>(p, current, rows);
   __syncthreads();
   load_q<S, T>(p, item.num_rows, rows, smem_q);  // while the page ids are on their way
 #pragma unroll
@@ -75,6 +75,7 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     loader.load(t, stage(t));
     ptx::cp_async_commit();
   }
+  load_units<S, T, Classes>(p, item, rows, smem);
 
   const WarpLoop<S, V, T> loop(p, current, rows);
   WarpState<S, T> state;
@@ -107,40 +108,37 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
   }
 }
 
-// The merge unit that a packed row of a node item belongs to.
-template <class S, class ClassRows>
-__device__ inline RequestUnit unit_of_row(const PlanView& plan, ClassRows class_rows,
-                                          const WorkItem& item, int row) {
-  const GatheredToken& g = plan.gathered[item.qo_begin + row / S::kGroupSize];
-  const PlannedRequest& request = plan.requests[g.request];
-  const int packed = g.local * S::kGroupSize + row % S::kGroupSize;
-  const int tile = packed / class_rows(request.tile_class);
-  return {request.unit_base + item.kv_head * request.num_tiles + tile, g.request};
-}
-
 // Merge units of request items whose states are written and not announced yet. They are announced
 // together when the CTA has done its span: prefixes, which come first in the order of items, are
 // mostly done by then, and a CTA merges its own requests at once.
+template <int kMaxRows>
 struct PendingUnits {
-  static constexpr int kMost = 8;
-  RequestUnit units[kMost];
+  static constexpr int kMost = kMaxRows == 16 ? 4 : 8;
+  ArrivingUnit units[kMost];
+
+  // Lists an item's unit: by one thread, before the item's work, at whose end it is complete.
+  __device__ void list(int place, const PlanView& plan, const WorkItem& item) {
+    ArrivingUnit& to = units[place];
+    to.unit = item.unit;
+    to.request = item.request;
+    to.num_rows = item.num_rows;
+    ptx::cp_async_4(ptx::shared_address(&to.expected), &plan.units[item.unit].expected);
+  }
 };
 
 // Where a CTA has one state at a time to announce, of few rows: announces an item's partial state
 // to its merge unit, and merges that if no state of it is missing.
-template <class S, class V, int kThreads, class ClassRows>
-__device__ void arrive_and_merge_one(const KernelParams& p, const PlanView& plan,
-                                     ClassRows class_rows, const WorkItem& item,
+template <class S, class V, class Classes>
+__device__ void arrive_and_merge_one(const KernelParams& p, const WorkItem& item,
                                      CompletedUnits& done) {
+  MergeJob job;
+  look_up<S, Classes>(p, item.unit, item.request, job);
   __syncthreads();  // the state is written
   if (ptx::thread_index() == 0) {
-    const MergeUnit unit = plan.units[item.unit];
-    done.count = ptx::arrive_last(p.arrivals + item.unit, unit.expected);
-    done.most_rows = unit.num_rows;
+    done.count = ptx::arrive_last(p.arrivals + item.unit, job.unit.expected);
   }
   __syncthreads();
-  if (done.count == 0) return;
-  merge_unit<S, V, kThreads>(p, plan_of(p), class_rows, {item.unit, item.request}, done.most_rows);
+  if (done.count > 0) merge_unit<S, V, Classes>(p, job);
 }
 
 // Of the threads of a warp whose units are complete, the first `most`; every CTA counts from
@@ -157,59 +155,62 @@ __device__ bool is_complete_and_mine(bool is_complete, int most) {
 // How long a CTA that has done its span looks for units to merge, in cycles: about 8 us.
 constexpr uint32_t kMostWait = 15000;
 
-// Announces partial states to their merge units: of a node item (num_pending 0) to those of the
-// requests whose rows it holds, or of request items to one each. A unit has a thread: one after the
-// other their atomics would cost an L2 latency each. Then merges units that are complete, listed at
-// the start of `smem`.
+// Announces partial states to their merge units, `count` of which unit(i) tells, equal ones side by
+// side: those of the rows of a node item, or of pending request items. A unit has a thread: one
+// after the other their atomics would cost an L2 latency each. Meanwhile other threads look up what
+// a merge needs to know. Then merges units that are complete.
 //
 // The last CTA of a prefix completes the units of all members at once. It merges what nobody else
 // claims: CTAs that have done their span look for a while whether units that they announced are
 // complete, and claim some, each from another one on.
-template <class S, class V, int kMaxRows, int kThreads, class ClassRows>
-__device__ void arrive_and_merge(const KernelParams& p, const PlanView& plan, ClassRows class_rows,
-                                 const WorkItem& item, const PendingUnits& pending, int num_pending,
+//
+// kJobsAt: where shared memory is free past what unit(i) reads.
+template <class S, class V, class Classes, int kJobsAt, class Unit>
+__device__ void arrive_and_merge(const KernelParams& p, const Unit& unit, int count, bool is_of_node,
                                  bool is_last, char* smem, CompletedUnits& done) {
-  static_assert(kMaxRows <= kThreads, "a thread for each row");
-  static_assert(PendingUnits::kMost <= kThreads, "a thread for each unit");
+  static_assert(Classes::kMaxRows <= Classes::kThreads, "a thread for each row");
   const int x = static_cast<int>(ptx::thread_index());
-  auto* units = reinterpret_cast<RequestUnit*>(smem);
-  __syncthreads();  // the states are written, the pending units listed
-  bool is_open = x < num_pending;
-  RequestUnit own = is_open ? pending.units[x] : RequestUnit{};
-  if (num_pending == 0 && x < item.num_rows) {
-    own = unit_of_row<S>(plan, class_rows, item, item.row_begin + x);
-    is_open =
-        x == 0 || unit_of_row<S>(plan, class_rows, item, item.row_begin + x - 1).unit != own.unit;
-  }
+  auto* slots = reinterpret_cast<int*>(ptx::here(smem));  // of the jobs to do
+  auto* jobs = reinterpret_cast<MergeJob*>(ptx::here(smem) + kJobsAt);
+  const bool has_nodes = __ldg(&plan_of(p).header->num_nodes) > 0;
+  __syncthreads();  // the states are written, the pending units complete
+  const auto begins = [&](int i) {
+    return i < count && (i == 0 || unit(i - 1).unit != unit(i).unit);
+  };
+  bool is_open = begins(x);
+  const ArrivingUnit own = is_open ? unit(x) : ArrivingUnit{};
   int32_t* const counter = p.arrivals + own.unit;
-  const MergeUnit unit = is_open ? plan.units[own.unit] : MergeUnit{};
-  bool is_complete = is_open && ptx::arrive(counter) == unit.expected;
-  const bool has_nodes = __ldg(&plan.header->num_nodes) > 0;
   const bool waits = has_nodes && is_last;
   const uint32_t begin = ptx::cycles();
   // Units of a warp. Those of a decoded token each merge together in the time of one.
-  int most = waits ? num_pending > 0 ? max_int(1, 16 / S::kGroupSize) : 1 : 32;
+  int most = !waits ? 32 : is_of_node ? 1 : max_int(1, 16 / S::kGroupSize);
+  const bool takes = !is_of_node && count <= most;  // no need to claim what this CTA completes
+  bool is_complete = is_open && (takes ? ptx::arrive_last(counter, own.expected)
+                                       : ptx::arrive(counter) == own.expected);
+  const int other = (x + Classes::kThreads / 2) % Classes::kThreads;
+  if (begins(other)) {
+    look_up<S, Classes>(p, unit(other).unit, unit(other).request, jobs[other]);
+  }
   while (true) {
     if (x == 0) done.count = done.most_rows = 0;
     __syncthreads();
     if (is_complete_and_mine<S>(is_complete, most)) {
-      if (!has_nodes) *counter = 0;  // nobody else looks
-      if (!has_nodes || ptx::claim(counter, unit.expected)) {
-        units[atomicAdd(&done.count, 1)] = own;
-        atomicMax(&done.most_rows, unit.num_rows);
+      if (takes || ptx::claim(counter, own.expected)) {
+        slots[atomicAdd(&done.count, 1)] = x;
+        atomicMax(&done.most_rows, own.num_rows);
       }
       is_open = is_complete = false;
     }
     __syncthreads();
     if (done.count > 0) {
-      merge_units<S, V, kMaxRows, kThreads>(p, plan_of(p), class_rows, done, units);
+      merge_units<S, V, Classes>(p, done, slots, jobs);
       most = min_int(2 * most, 32);
     }
     if (!has_nodes) return;
     if (is_open) {
-      const int32_t count = ptx::arrivals(counter);
-      is_open = count > 0;
-      is_complete = count == unit.expected;
+      const int32_t arrived = ptx::arrivals(counter);
+      is_open = arrived > 0;
+      is_complete = arrived == own.expected;
     }
     const bool is_in_time = waits && ptx::cycles() - begin < kMostWait;
     if (!__syncthreads_or(is_open && (is_complete || is_in_time))) return;
@@ -218,16 +219,16 @@ __device__ void arrive_and_merge(const KernelParams& p, const PlanView& plan, Cl
 
 // An item's work where the kernel is compiled in one piece...
 struct InPlace {
-  template <class S, class V, class T, bool kReadsOnce>
+  template <class S, class V, class T, class Classes>
   __device__ static void run(const KernelParams& p, CurrentItem& current, char* smem) {
-    run_item<S, V, T, kReadsOnce>(p, current, smem);
+    run_item<S, V, T, Classes>(p, current, smem);
   }
 };
 
 // ...and where each class's work is compiled by itself: a comment, which names the class, gives way
 // to it (jit/parts.py). The operand tells that what is written to the item is read there.
 struct Apart {
-  template <class S, class V, class T, bool kReadsOnce>
+  template <class S, class V, class T, class Classes>
   __device__ static void run(const KernelParams&, CurrentItem& current, char*) {
     asm volatile("// fi_part %1x%2x%3" ::"r"(ptx::shared_address(&current)), "n"(T::kRows),
                  "n"(T::kKvTile), "n"(T::kStages)
@@ -235,27 +236,20 @@ struct Apart {
   }
 };
 
-// Whether tiles of a class hold all rows of their block, as all but those of the largest do, and
-// those of one decoded token.
-template <class T, int kMaxRows>
-constexpr bool kHoldsBlock = T::kRows == 16 || T::kRows < kMaxRows;
-
 // V is the variant; Tiles are the launch's tile classes in the planner's order.
 template <class Work, class S, class V, class... Tiles>
 __device__ void run_items(const KernelParams& p) {
+  using Classes = TileClasses<Tiles...>;
   char* const smem = dynamic_shared<(kByWarpgroups<S, Tiles> || ...)>();
   CurrentItem& current = current_item();
-  // Rows of a tile class without an array, which would live in local memory.
-  const auto class_rows = [](int tile_class) {
-    int c = 0, rows = 0;
-    ((tile_class == c++ ? rows = Tiles::kRows : 0), ...);
-    return rows;
-  };
-  constexpr int kMaxRows = most_of(Tiles::kRows...);
-  constexpr int kThreads = most_of(Tiles::kThreads...);
   __shared__ CompletedUnits done;
-  __shared__ PendingUnits pending;
-  static_assert(sizeof(current) + sizeof(done) + sizeof(pending) <= kStaticBytes);
+  __shared__ PendingUnits<Classes::kMaxRows> pending;
+  static_assert(sizeof(current) + sizeof(done) + sizeof(pending) <=
+                static_bytes(Classes::kMaxRows));
+  constexpr bool kArrivesOne = S::kDecodes && Classes::kMaxRows == 16;
+  constexpr int kJobsAt = most_of(kShared<S, Tiles>.stages...);
+  static_assert(kArrivesOne || kJobsAt + Classes::kThreads * sizeof(MergeJob) <=
+                                   most_of(kShared<S, Tiles>.bytes...));
   int num_pending = 0;
   prefetch_item(plan_of(p).first_items + blockIdx.x, current);  // before it is known to exist
   const int first = __ldg(plan_of(p).cta_ptr + blockIdx.x);
@@ -275,30 +269,30 @@ __device__ void run_items(const KernelParams& p) {
     advance_item<S, V::kRolls>(p, current);
     __syncthreads();
     if (current.left > 0) prefetch_item(plan_of(p).items + (current.end - current.left), current);
+    const WorkItem& item = current.item;
+    if (!kArrivesOne && item.partial_row >= 0 && item.request >= 0) {
+      if (ptx::thread_index() == 0) pending.list(num_pending, plan_of(p), item);
+      ++num_pending;
+    }
     // The same of all lanes, by a way that shows it: uniform registers are kept through the work.
-    const int own_class = __shfl_sync(0xffffffff, current.item.tile_class, 0);
+    const int own_class = __shfl_sync(0xffffffff, item.tile_class, 0);
     int c = 0;
-    ((own_class == c++
-          ? Work::template run<S, V, Tiles, kHoldsBlock<Tiles, kMaxRows>>(p, current, smem)
-          : void()),
+    UnitPlaces places{};
+    ((own_class == c++ ? (Work::template run<S, V, Tiles, Classes>(p, current, smem),
+                          void(places = unit_places<S, Tiles>()))
+                       : void()),
      ...);
     is_last = current.left == 0;
-    const WorkItem& item = current.item;
-    if constexpr (S::kDecodes && kMaxRows == 16) {
-      if (item.partial_row >= 0) {
-        arrive_and_merge_one<S, V, kThreads>(p, plan_of(p), class_rows, item, done);
-      }
-    } else {
-      const bool is_of_node = item.partial_row >= 0 && item.request < 0;
-      if (item.partial_row >= 0 && !is_of_node) {
-        if (ptx::thread_index() == 0) pending.units[num_pending] = {item.unit, item.request};
-        ++num_pending;
-      }
-      if (is_of_node || num_pending == PendingUnits::kMost || (is_last && num_pending > 0)) {
-        arrive_and_merge<S, V, kMaxRows, kThreads>(p, plan_of(p), class_rows, item, pending,
-                                                   num_pending, is_last, smem, done);
-        num_pending = 0;
-      }
+    const bool is_of_node = item.partial_row >= 0 && item.request < 0;
+    if constexpr (kArrivesOne) {
+      if (item.partial_row >= 0) arrive_and_merge_one<S, V, Classes>(p, item, done);
+    } else if (is_of_node || num_pending == pending.kMost || (is_last && num_pending > 0)) {
+      const auto unit = [&](int i) {
+        return is_of_node ? places(smem, i) : pending.units[i];
+      };
+      arrive_and_merge<S, V, Classes, kJobsAt>(p, unit, is_of_node ? item.num_rows : num_pending,
+                                               is_of_node, is_last, smem, done);
+      if (!is_of_node) num_pending = 0;
     }
     __syncthreads();  // shared memory belongs to the next item
   } while (!is_last);
@@ -321,8 +315,7 @@ template <class S, class V, class T, class... Tiles>
 __device__ void run_part(const KernelParams& p) {
   CurrentItem& current = current_item();
   asm volatile("// the current item" ::"r"(ptx::shared_address(&current)) : "memory");
-  constexpr bool kReadsOnce = kHoldsBlock<T, most_of(Tiles::kRows...)>;
-  run_item<S, V, T, kReadsOnce>(p, current, dynamic_shared<kByWarpgroups<S, T>>());
+  run_item<S, V, T, TileClasses<Tiles...>>(p, current, dynamic_shared<kByWarpgroups<S, T>>());
 }
 
 }  // namespace fi::sm80

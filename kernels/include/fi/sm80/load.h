@@ -82,22 +82,39 @@ __device__ inline VariantBox box_of(const WorkItem& item) {
           0};
 }
 
+// Tokens between positions where items of a prefix begin: a multiple of all KV tiles, less than most
+// spans.
+constexpr int32_t kCommonPositions = 1280;
+
 // Makes the next item the current one; a CTA barrier before and after. An item without a hole gets
 // an empty one at its end: the main loop need not ask. Where slots roll, it lies after the leading
 // tokens: a tile has them or others. The box of a node item's rows is empty until
 // load_rows().
+//
+// A prefix is read by several row tiles, each cut into spans of its own. Every item begins at a
+// common position, if it holds one, and ends with what lies before: what one has read the others
+// then find in the L2, wherever the spans begin.
 template <class S, bool kRolls>
 __device__ inline void advance_item(const KernelParams& p, CurrentItem& current) {
   constexpr uint32_t kWords = sizeof(WorkItem) / 4;
   const uint32_t thread = ptx::thread_index();
   if (thread < kWords) {
     const WorkItem& next = current.next;
-    const int32_t* word = reinterpret_cast<const int32_t*>(&next) + thread;
+    const int32_t* const field = reinterpret_cast<const int32_t*>(&next) + thread;
+    const int32_t* word = field;
     const bool is_of_hole = word == &next.hole_begin || word == &next.hole_end;
     const bool moves = is_of_hole && next.hole_end <= next.hole_begin;
     if (moves) word = &next.kv_end;
     int32_t value = *word;
     if (kRolls && moves) value = min_i32(max_i32(p.rotation.sink_prefix, next.kv_begin), value);
+    if (!kRolls && !S::kDecodes && next.request < 0) {
+      const int32_t common = ceil_div(next.kv_begin, kCommonPositions) * kCommonPositions;
+      if (next.kv_begin < common && common < next.kv_end) {
+        if (field == &next.kv_begin || field == &next.kv_end) value = common;
+        if (field == &next.hole_begin) value = next.kv_end;
+        if (field == &next.hole_end) value = next.kv_begin;
+      }
+    }
     reinterpret_cast<int32_t*>(&current.item)[thread] = value;
   } else if (thread == 32) {  // a warp of its own: the row may have to be looked up
     constexpr int32_t kLow = -(1 << 30), kHigh = 1 << 30;
@@ -110,18 +127,29 @@ __device__ inline void advance_item(const KernelParams& p, CurrentItem& current)
   }
 }
 
-__device__ inline void extend_box(const VariantRow& row, VariantBox& box) {
-  atomicMin(&box.q_pos_min, row.q_pos);
-  atomicMax(&box.q_pos_max, row.q_pos);
-  atomicMin(&box.q_len_min, row.q_len);
-  atomicMax(&box.q_len_max, row.q_len);
-  atomicMin(&box.kv_len_min, row.kv_len);
-  atomicMax(&box.kv_len_max, row.kv_len);
+// Whether the functions of a variant can ask for a request's lengths.
+template <class V>
+constexpr bool kAsksLengths = V::kHasLogits || V::kHasMasks || V::Outputs::kCount > 0;
+
+// Extends the box by a row of each thread of `lanes`, which are of one warp.
+template <class V>
+__device__ inline void extend_box(uint32_t lanes, const VariantRow& row, VariantBox& box) {
+  const auto extend = [&](int32_t value, int32_t& least, int32_t& most) {
+    const int32_t low = __reduce_min_sync(lanes, value), high = __reduce_max_sync(lanes, value);
+    if (ptx::thread_index() % 32 != 0) return;
+    atomicMin(&least, low);
+    atomicMax(&most, high);
+  };
+  extend(row.q_pos, box.q_pos_min, box.q_pos_max);
+  if constexpr (kAsksLengths<V>) {
+    extend(row.q_len, box.q_len_min, box.q_len_max);
+    extend(row.kv_len, box.kv_len_min, box.kv_len_max);
+  }
 }
 
 // Who each packed row is; rows past num_rows repeat row 0. Those of a node item come from requests
 // in any order, and extend the box.
-template <class S, class T>
+template <class S, class V, class T>
 __device__ inline void load_rows(const KernelParams& p, CurrentItem& current, VariantRow* rows) {
   static_assert(T::kRows <= T::kThreads, "a thread for each row");
   const WorkItem& item = current.item;
@@ -141,9 +169,53 @@ __device__ inline void load_rows(const KernelParams& p, CurrentItem& current, Va
   }
   const PlanView plan = plan_of(p);
   const GatheredToken& g = plan.gathered[item.qo_begin + local];
-  const PlannedRequest& r = plan.requests[g.request];
-  rows[x] = {g.q_pos, g.token, q_head, g.request, r.q_len, r.kv_len};
-  if (x < item.num_rows) extend_box(rows[x], current.box);
+  VariantRow who = {g.q_pos, g.token, q_head, g.request, 0, 0};
+  if constexpr (kAsksLengths<V>) {
+    who.q_len = plan.requests[g.request].q_len;
+    who.kv_len = plan.requests[g.request].kv_len;
+  }
+  rows[x] = who;
+  extend_box<V>(T::kRows < 32 ? 0xffff : ~0u, who, current.box);
+}
+
+// A merge unit that an item announces its partial state to.
+struct alignas(16) ArrivingUnit {
+  int32_t unit, request;
+  int32_t expected, num_rows;  // MergeUnit's
+};
+
+// Where a node item keeps the merge unit of each row until it is done: in what pads the rows of its
+// query tile, or, where they are swizzled, follows them.
+struct UnitPlaces {
+  int first, stride;  // bytes
+
+  __device__ ArrivingUnit& operator()(char* smem, int row) const {
+    return *reinterpret_cast<ArrivingUnit*>(smem + first + row * stride);
+  }
+};
+template <class S, class T>
+__device__ constexpr UnitPlaces unit_places() {
+  constexpr int kQueryRow = S::kHeadDimQk * 2;
+  if (kByWarpgroups<S, T>) return {T::kRows * kQueryRow, sizeof(ArrivingUnit)};
+  static_assert(kShared<S, T>.pitch_q - kQueryRow >= sizeof(ArrivingUnit));
+  return {kQueryRow, kShared<S, T>.pitch_q};
+}
+
+// The merge units of a node item's rows, looked up while its first KV is on its way.
+template <class S, class T, class Classes>
+__device__ inline void load_units(const KernelParams& p, const WorkItem& item,
+                                  const VariantRow* rows, char* smem) {
+  const int x = static_cast<int>(ptx::thread_index());
+  if (S::kDecodes || item.request >= 0 || x >= item.num_rows) return;
+  const PlanView plan = plan_of(p);
+  const int request = rows[x].request;
+  const PlannedRequest& r = plan.requests[request];
+  const int packed =
+      (rows[x].token - r.qo_begin) * S::kGroupSize + (item.row_begin + x) % S::kGroupSize;
+  const int unit =
+      r.unit_base + item.kv_head * r.num_tiles + packed / Classes::rows(r.tile_class);
+  unit_places<S, T>()(smem, x) = {unit, request, plan.units[unit].expected,
+                                plan.units[unit].num_rows};
 }
 
 // 16 bytes of a row to shared memory; zeros and no access when !valid. Unaligned rows are read

@@ -67,24 +67,61 @@ __device__ inline void add_states(const KernelParams& p, States states, int lane
   }
 }
 
-// A request's packed row `packed` in node `link`.
-template <class ClassRows>
-__device__ inline States states_in_node(const PlanView& plan, ClassRows class_rows,
-                                        const NodeLink& link, int num_kv_heads, int kv_head,
-                                        int packed) {
-  const int tile_rows = class_rows(link.tile_class), node_row = link.row_offset + packed;
-  const NodeTile& at =
-      plan.node_tiles[link.tile_base + node_row / tile_rows * num_kv_heads + kv_head];
+// What the merge of a unit needs to know of the plan.
+struct alignas(16) MergeJob {
+  MergeUnit unit;
+  PlannedRequest request;
+  NodeLink link;        // the request's first one, if any
+  NodeTile node_tile;   // of the unit's first row in that node
+  int node_tile_index;  // that tile
+  int request_index;
+  int kv_head;
+  int first_row;  // packed row of the request that is the unit's first
+};
+
+template <class S, class Classes>
+__device__ inline void look_up(const KernelParams& p, int unit, int request, MergeJob& job) {
+  const PlanView plan = plan_of(p);
+  job.unit = plan.units[unit];
+  const PlannedRequest r = job.request = plan.requests[request];
+  const uint32_t in_request = unit - r.unit_base, num_tiles = r.num_tiles;
+  job.request_index = request;
+  job.kv_head = in_request / num_tiles;
+  job.first_row = in_request % num_tiles * Classes::rows(r.tile_class);
+  if (S::kDecodes || r.link_begin == r.link_end) return;
+  const NodeLink link = job.link = plan.links[r.link_begin];
+  const int num_kv_heads = p.num_qo_heads / S::kGroupSize;
+  job.node_tile_index = (link.row_offset + job.first_row) / Classes::rows(link.tile_class);
+  job.node_tile =
+      plan.node_tiles[link.tile_base + job.node_tile_index * num_kv_heads + job.kv_head];
+}
+
+// The states of the unit's row `row` in the node of link number `number` of the request.
+template <class S, class Classes>
+__device__ inline States states_in_node(const KernelParams& p, const MergeJob& job, int number,
+                                        int row) {
+  const bool is_first = number == job.request.link_begin;
+  const PlanView plan = plan_of(p);
+  const NodeLink link = is_first ? job.link : plan.links[number];
+  const int tile_rows = Classes::rows(link.tile_class);
+  const int node_row = link.row_offset + job.first_row + row, tile = node_row / tile_rows;
+  const int num_kv_heads = p.num_qo_heads / S::kGroupSize;
+  const NodeTile at =
+      is_first && tile == job.node_tile_index
+          ? job.node_tile
+          : plan.node_tiles[link.tile_base + tile * num_kv_heads + job.kv_head];
   return {at.partial_row + node_row % tile_rows, at.num_splits, at.num_rows};
 }
 
 // Adds the states of a request's row: those in nodes, then its own, of which the first are on their
 // way while those in nodes are looked up.
-template <class S, int kQuads, int kBatch, class InNode, bool kSoftmax, int kMaxQuads>
+template <class S, int kMaxRows, int kQuads, int kBatch, class InNode, bool kSoftmax,
+          int kMaxQuads>
 __device__ inline void add_all_states(const KernelParams& p, const InNode& in_node,
                                       const PlannedRequest& request, States own, int lane,
                                       RowMerge<kSoftmax, kMaxQuads>& merge) {
-  constexpr bool kFetchesAhead = !S::kDecodes && kQuads <= 4;  // else there are no registers
+  // Kernels without prefixes have nothing to look up meanwhile, and fewer registers.
+  constexpr bool kFetchesAhead = kMaxRows > 64 && kQuads <= 4;
   FetchedStates<S, kQuads, kMergeGroup> ahead;
   if constexpr (kFetchesAhead) ahead.template fetch<kSoftmax>(p, own, lane);
   const int end = S::kDecodes ? request.link_begin : request.link_end;
@@ -98,77 +135,64 @@ __device__ inline void add_all_states(const KernelParams& p, const InNode& in_no
   }
 }
 
-// A merge unit and the request whose it is.
-struct RequestUnit {
-  int unit, request;
-};
-
 // How many merge units a CTA completed at once, and the rows of the largest.
 struct CompletedUnits {
   int count, most_rows;
 };
 
 // Merges row `row` of a unit: this lane's part of it. kOneWidth: lanes take kMaxQuads, never fewer.
-template <class S, class V, bool kOneWidth, int kMaxQuads, class ClassRows>
-__device__ inline void merge_row(const KernelParams& p, const PlanView& plan, ClassRows class_rows,
-                                 const RequestUnit& of, int row, const RowShare& share) {
-  const MergeUnit& unit = plan.units[of.unit];
-  if (!kOneWidth && row >= unit.num_rows) return;  // units differ in their rows
-  const PlannedRequest& request = plan.requests[of.request];
-  const uint32_t in_request = of.unit - request.unit_base, num_tiles = request.num_tiles;
-  const int kv_head = in_request / num_tiles, tile = in_request % num_tiles;
-  const int packed = tile * class_rows(request.tile_class) + row;
+template <class S, class V, class Classes, bool kOneWidth, int kMaxQuads>
+__device__ inline void merge_row(const KernelParams& p, const MergeJob& job, int row,
+                                 const RowShare& share) {
+  if (!kOneWidth && row >= job.unit.num_rows) return;  // units differ in their rows
+  const PlannedRequest& request = job.request;
   RowMerge<V::kSoftmax, kMaxQuads> merge;
-  const States own = {unit.partial_row + row, unit.num_splits, unit.num_rows};
-  const auto in_node = [&](int link) {
-    return states_in_node(plan, class_rows, plan.links[link], p.num_qo_heads / S::kGroupSize,
-                          kv_head, packed);
-  };
+  const States own = {job.unit.partial_row + row, job.unit.num_splits, job.unit.num_rows};
+  const auto in_node = [&](int link) { return states_in_node<S, Classes>(p, job, link, row); };
   if constexpr (kOneWidth) {
     add_states<S, kMaxQuads, 16 / kMaxQuads>(p, own, share.lane, merge);
   } else if (share.quads == 1) {
-    add_all_states<S, 1, 16>(p, in_node, request, own, share.lane, merge);
+    add_all_states<S, Classes::kMaxRows, 1, 16>(p, in_node, request, own, share.lane, merge);
   } else if (kMaxQuads == 4 || share.quads == 4) {
-    add_all_states<S, 4, 4>(p, in_node, request, own, share.lane, merge);
+    add_all_states<S, Classes::kMaxRows, 4, 4>(p, in_node, request, own, share.lane, merge);
   } else {
-    add_all_states<S, kMaxQuads, 4>(p, in_node, request, own, share.lane, merge);
+    add_all_states<S, Classes::kMaxRows, kMaxQuads, 4>(p, in_node, request, own, share.lane, merge);
   }
-  const int local = packed / S::kGroupSize;
+  const int packed = job.first_row + row, local = packed / S::kGroupSize;
   const VariantRow who = {request.kv_len - request.q_len + local,
                           request.qo_begin + local,
-                          kv_head * S::kGroupSize + packed % S::kGroupSize,
-                          of.request,
+                          job.kv_head * S::kGroupSize + packed % S::kGroupSize,
+                          job.request_index,
                           request.q_len,
                           request.kv_len};
-  write_merged<S, V>(RowTarget<S, V>(p, kv_head, -1), row, who, share, merge);
+  write_merged<S, V>(RowTarget<S, V>(p, job.kv_head, -1), row, who, share, merge);
 }
 
 // Merges a unit of a decode, whose rows are few.
-template <class S, class V, int kThreads, class ClassRows>
-__device__ inline void merge_unit(const KernelParams& p, const PlanView& plan, ClassRows class_rows,
-                                  const RequestUnit& unit, int num_rows) {
+template <class S, class V, class Classes>
+__device__ inline void merge_unit(const KernelParams& p, const MergeJob& job) {
+  constexpr int kThreads = Classes::kThreads;
   // Lanes for all components of a group's rows.
   constexpr int kQuads = are_few<S, kThreads>(S::kGroupSize)       ? 1
                          : are_few<S, 2 * kThreads>(S::kGroupSize) ? 2
                                                                    : 4;
   const RowShare share = share_rows<S, kThreads, kQuads>();
 #pragma unroll 1
-  for (int row = share.row; row < num_rows; row += share.rows_at_once) {
-    merge_row<S, V, true, kQuads>(p, plan, class_rows, unit, row, share);
+  for (int row = share.row; row < job.unit.num_rows; row += share.rows_at_once) {
+    merge_row<S, V, Classes, true, kQuads>(p, job, row, share);
   }
 }
 
-// Merges the units that a CTA completed, listed in shared memory. kMaxRows: of the largest tile
-// class. kThreads: of the CTA.
-template <class S, class V, int kMaxRows, int kThreads, class ClassRows>
-__device__ inline void merge_units(const KernelParams& p, const PlanView& plan,
-                                   ClassRows class_rows, const CompletedUnits& done,
-                                   const RequestUnit* units) {
+// Merges the units that a CTA completed: jobs at `slots`.
+template <class S, class V, class Classes>
+__device__ inline void merge_units(const KernelParams& p, const CompletedUnits& done,
+                                   const int* slots, const MergeJob* jobs) {
+  constexpr int kThreads = Classes::kThreads;
   // Few rows have many splits and lanes enough for all their components. Many rows have few splits,
   // and what is worked out once for a row counts: weights, the address of its output. So it does in
   // kernels with tiles of 128 rows, but a third width of the sums would add a fifth to the time
   // that those, the largest of all, take to compile.
-  constexpr int kMaxQuads = kMaxRows == 64 ? 8 : 4;
+  constexpr int kMaxQuads = Classes::kMaxRows == 64 ? 8 : 4;
   const int most_rows = done.most_rows, num_rows = done.count * most_rows;
   RowShare share = share_rows<S, kThreads, kMaxQuads>();
   if (kMaxQuads > 4 && num_rows <= 16) share = share_rows<S, kThreads, 4>();
@@ -176,7 +200,7 @@ __device__ inline void merge_units(const KernelParams& p, const PlanView& plan,
   for (int at = share.row; at < num_rows; at += share.rows_at_once) {
     const uint32_t index = static_cast<uint32_t>(at) / static_cast<uint32_t>(most_rows);
     const int row = at - static_cast<int>(index) * most_rows;
-    merge_row<S, V, false, kMaxQuads>(p, plan, class_rows, units[index], row, share);
+    merge_row<S, V, Classes, false, kMaxQuads>(p, jobs[slots[index]], row, share);
   }
 }
 
