@@ -13,6 +13,7 @@ FI_HOST_DEVICE constexpr int most_of(int first, Ints... others) {
   return first;
 }
 FI_HOST_DEVICE constexpr int min_int(int a, int b) { return a < b ? a : b; }
+FI_HOST_DEVICE constexpr int log_of(int power) { return power > 1 ? 1 + log_of(power / 2) : 0; }
 
 // A tile class: `kRows` packed query rows by `kKvTile` KV tokens, in `kStages` shared-memory
 // stages, for CTAs of `kWarps` warps. Warps split the rows into blocks of 16 or 32 first, then the
@@ -29,7 +30,7 @@ struct Tile {
   static constexpr int kWarpsN = kKvTile / 16 < kWarps / kWarpsM ? kKvTile / 16 : kWarps / kWarpsM;
   static constexpr int kRowBlocks = kRows / (16 * kWarpsM);  // m16 blocks of a warp
   static constexpr int kWarpCols = kKvTile / kWarpsN;        // KV tokens of a warp
-  static_assert(kRows % 16 == 0 && kWarpCols % 16 == 0);
+  static_assert(kRows % 16 == 0 && kWarpCols % 16 == 0 && 1 << log_of(kRows) == kRows);
 };
 
 // The tile classes of a launch, in the planner's order.
@@ -38,11 +39,11 @@ struct TileClasses {
   static constexpr int kMaxRows = most_of(Tiles::kRows...);
   static constexpr int kThreads = most_of(Tiles::kThreads...);
 
-  // Packed rows of a class, without an array, which would live in local memory.
-  FI_HOST_DEVICE static int rows(int tile_class) {
-    int c = 0, rows = 0;
-    ((tile_class == c++ ? rows = Tiles::kRows : 0), ...);
-    return rows;
+  // Packed rows of a class are 1 << log_rows. Without an array, which would live in local memory.
+  FI_HOST_DEVICE static int log_rows(int tile_class) {
+    int c = 0, log = 0;
+    ((tile_class == c++ ? log = log_of(Tiles::kRows) : 0), ...);
+    return log;
   }
 
   // Whether tiles of class T hold all rows of their block, as all but those of the largest do, and

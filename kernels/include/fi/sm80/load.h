@@ -82,8 +82,8 @@ __device__ inline VariantBox box_of(const WorkItem& item) {
           0};
 }
 
-// Tokens between positions where items of a prefix begin: a multiple of all KV tiles, less than most
-// spans.
+// Tokens between positions where items of a prefix begin: a multiple of all KV tiles, less than
+// most spans.
 constexpr int32_t kCommonPositions = 1280;
 
 // Makes the next item the current one; a CTA barrier before and after. An item without a hole gets
@@ -213,9 +213,9 @@ __device__ inline void load_units(const KernelParams& p, const WorkItem& item,
   const int packed =
       (rows[x].token - r.qo_begin) * S::kGroupSize + (item.row_begin + x) % S::kGroupSize;
   const int unit =
-      r.unit_base + item.kv_head * r.num_tiles + packed / Classes::rows(r.tile_class);
+      r.unit_base + item.kv_head * r.num_tiles + (packed >> Classes::log_rows(r.tile_class));
   unit_places<S, T>()(smem, x) = {unit, request, plan.units[unit].expected,
-                                plan.units[unit].num_rows};
+                                  plan.units[unit].num_rows};
 }
 
 // 16 bytes of a row to shared memory; zeros and no access when !valid. Unaligned rows are read
