@@ -41,16 +41,14 @@ struct RowMerge {
     rescale<kQuads>(weigh(lse_log2, weights));
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
+      const float w = weights[i];
 #pragma unroll
-      for (int q = 0; q < kQuads; ++q) add_weighted(q, weights[i], o[i][q]);
+      for (int q = 0; q < kQuads; ++q) {
+        float4& t = total[q];
+        t = {__fmaf_rn(w, o[i][q].x, t.x), __fmaf_rn(w, o[i][q].y, t.y),
+             __fmaf_rn(w, o[i][q].z, t.z), __fmaf_rn(w, o[i][q].w, t.w)};
+      }
     }
-  }
-
-  // Quad q of a state.
-  __device__ void add_weighted(int q, float w, const float4& o) {
-    float4& t = total[q];
-    t = {__fmaf_rn(w, o.x, t.x), __fmaf_rn(w, o.y, t.y), __fmaf_rn(w, o.z, t.z),
-         __fmaf_rn(w, o.w, t.w)};
   }
 
   // The weights of a group; returns what is left of the weight of all states before.

@@ -18,8 +18,8 @@ __device__ inline int32_t arrive(int32_t* counter) {
   return before + 1;
 }
 
-// The same, true for the last of `expected`, who also resets the counter for the next launch: nobody
-// else can claim what is counted. All who arrive at a counter name the same number.
+// The same, true for the last of `expected`, who also resets the counter for the next launch:
+// nobody else can claim what is counted. All who arrive at a counter name the same number.
 __device__ inline bool arrive_last(int32_t* counter, int32_t expected) {
   uint32_t before;
   asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;"

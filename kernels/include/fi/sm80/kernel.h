@@ -128,8 +128,8 @@ struct PendingUnits {
 
 // Where a CTA has one state at a time to announce, of few rows: announces an item's partial state
 // to its merge unit, and merges that if no state of it is missing.
-template <class S, class V, class Classes, int kBytes>
-__device__ void arrive_and_merge_one(const KernelParams& p, const WorkItem& item, char* smem,
+template <class S, class V, class Classes>
+__device__ void arrive_and_merge_one(const KernelParams& p, const WorkItem& item,
                                      CompletedUnits& done) {
   MergeJob job;
   look_up<S, Classes>(p, item.unit, item.request, job);
@@ -138,7 +138,7 @@ __device__ void arrive_and_merge_one(const KernelParams& p, const WorkItem& item
     done.count = ptx::arrive_last(p.arrivals + item.unit, job.unit.expected);
   }
   __syncthreads();
-  if (done.count > 0) merge_unit<S, V, Classes, kBytes>(p, job, smem);
+  if (done.count > 0) merge_unit<S, V, Classes>(p, job);
 }
 
 // Of the threads of a warp whose units are complete, the first `most`; every CTA counts from
@@ -164,17 +164,14 @@ constexpr uint32_t kMostWait = 15000;
 // claims: CTAs that have done their span look for a while whether units that they announced are
 // complete, and claim some, each from another one on.
 //
-// kBytes: of shared memory.
-template <class S, class V, class Classes, int kBytes, class Unit>
+// kJobsAt: where shared memory is free past what unit(i) reads.
+template <class S, class V, class Classes, int kJobsAt, class Unit>
 __device__ void arrive_and_merge(const KernelParams& p, const Unit& unit, int count,
                                  bool is_of_node, bool is_last, char* smem, CompletedUnits& done) {
   static_assert(Classes::kMaxRows <= Classes::kThreads, "a thread for each row");
   const int x = static_cast<int>(ptx::thread_index());
-  // At the end of shared memory: unit(i) may read at its start. What is left is of the merges.
-  constexpr int kMostUnits = Classes::kMaxRows;
-  constexpr int kStateBytes = kBytes - kMostUnits * (sizeof(MergeJob) + sizeof(int));
-  auto* slots = reinterpret_cast<int*>(ptx::here(smem) + kStateBytes);  // of the jobs to do
-  auto* jobs = reinterpret_cast<MergeJob*>(slots + kMostUnits);
+  auto* slots = reinterpret_cast<int*>(ptx::here(smem));  // of the jobs to do
+  auto* jobs = reinterpret_cast<MergeJob*>(ptx::here(smem) + kJobsAt);
   const bool has_nodes = __ldg(&plan_of(p).header->num_nodes) > 0;
   __syncthreads();  // the states are written, the pending units complete
   const auto begins = [&](int i) {
@@ -206,7 +203,7 @@ __device__ void arrive_and_merge(const KernelParams& p, const Unit& unit, int co
     }
     __syncthreads();
     if (done.count > 0) {
-      merge_units<S, V, Classes, kStateBytes>(p, done, slots, jobs, smem);
+      merge_units<S, V, Classes>(p, done, slots, jobs);
       most = min_int(2 * most, 32);
     }
     if (!has_nodes) return;
@@ -250,7 +247,9 @@ __device__ void run_items(const KernelParams& p) {
   static_assert(sizeof(current) + sizeof(done) + sizeof(pending) <=
                 static_bytes(Classes::kMaxRows));
   constexpr bool kArrivesOne = S::kDecodes && Classes::kMaxRows == 16;
-  constexpr int kBytes = most_of(kShared<S, Tiles>.bytes...);
+  constexpr int kJobsAt = most_of(kShared<S, Tiles>.stages...);
+  static_assert(kArrivesOne || kJobsAt + Classes::kThreads * sizeof(MergeJob) <=
+                                   most_of(kShared<S, Tiles>.bytes...));
   int num_pending = 0;
   prefetch_item(plan_of(p).first_items + blockIdx.x, current);  // before it is known to exist
   const int first = __ldg(plan_of(p).cta_ptr + blockIdx.x);
@@ -272,7 +271,10 @@ __device__ void run_items(const KernelParams& p) {
     if (current.left > 0) prefetch_item(plan_of(p).items + (current.end - current.left), current);
     const WorkItem& item = current.item;
     if (!kArrivesOne && item.partial_row >= 0 && item.request >= 0) {
-      if (ptx::thread_index() == 0) pending.list(num_pending, plan_of(p), item);
+      // By a warp that has little to do before the first copies.
+      if (ptx::thread_index() == Classes::kThreads - 1) {
+        pending.list(num_pending, plan_of(p), item);
+      }
       ++num_pending;
     }
     // The same of all lanes, by a way that shows it: uniform registers are kept through the work.
@@ -286,11 +288,11 @@ __device__ void run_items(const KernelParams& p) {
     is_last = current.left == 0;
     const bool is_of_node = item.partial_row >= 0 && item.request < 0;
     if constexpr (kArrivesOne) {
-      if (item.partial_row >= 0) arrive_and_merge_one<S, V, Classes, kBytes>(p, item, smem, done);
+      if (item.partial_row >= 0) arrive_and_merge_one<S, V, Classes>(p, item, done);
     } else if (is_of_node || num_pending == pending.kMost || (is_last && num_pending > 0)) {
       const auto unit = [&](int i) { return is_of_node ? places(smem, i) : pending.units[i]; };
-      arrive_and_merge<S, V, Classes, kBytes>(p, unit, is_of_node ? item.num_rows : num_pending,
-                                              is_of_node, is_last, smem, done);
+      arrive_and_merge<S, V, Classes, kJobsAt>(p, unit, is_of_node ? item.num_rows : num_pending,
+                                               is_of_node, is_last, smem, done);
       if (!is_of_node) num_pending = 0;
     }
     __syncthreads();  // shared memory belongs to the next item

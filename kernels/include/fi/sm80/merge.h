@@ -2,7 +2,7 @@
 #pragma once
 
 #include "fi/ptx/arrive.h"
-#include "fi/ptx/cp_async.h"
+#include "fi/ptx/load.h"
 #include "fi/sm80/epilogue.h"
 
 namespace fi::sm80 {
@@ -16,101 +16,56 @@ struct States {
 // lanes a row has and how many states are fetched at once, never this: bits must not depend on it.
 constexpr int kMergeGroup = 4;
 
-// Adds a row's states in order, this lane's components of them. They come by way of shared memory,
-// as many at once as it holds: one after the other would cost an L2 latency each. Its loops are
-// short on purpose: a merge runs once, and fetching its instructions takes longer than its
-// arithmetic. kBytes: of shared memory, for all threads.
-template <class S, bool kSoftmax, int kMaxQuads, int kThreads, int kBytes>
-class RowStates {
-  static constexpr int kQuadsOfRow = S::kHeadDimVo / 4;
-  // States that fit at once.
-  template <int kQuads>
-  static constexpr int kMost = kBytes / kThreads / (kQuads * 16 + 4) / kMergeGroup * kMergeGroup;
-  static_assert(kMost<kMaxQuads> >= kMergeGroup);
+// States of a row on their way, this lane's components of them. What does not exist is of no weight
+// and costs no access.
+template <class S, int kQuads, int kCount>
+struct FetchedStates {
+  float lse[kCount];
+  float4 o[kCount][kQuads];
 
- public:
-  __device__ RowStates(const KernelParams& p, const RowShare& share, char* smem)
-      : p_(p), share_(share) {
-    most_ = share.quads == kMaxQuads ? kMost<kMaxQuads> : kMost<1>;
-    const uint32_t thread = ptx::thread_index();
-    o_ = reinterpret_cast<float4*>(smem) + thread;
-    lse_ = reinterpret_cast<float*>(smem + most_ * share.quads * kThreads * 16) + thread;
-  }
-
-  // Adds what next(0), next(1), ..., next(count - 1) are.
-  template <class Next>
-  __device__ RowMerge<kSoftmax, kMaxQuads>& add(int count, const Next& next) {
-    States states{};
-    int number = 0;
-#pragma unroll 1
-    while (true) {
-      const bool is_more = states.count > 0 || number < count;
-      if (is_more && staged_ < most_) {
-        if (states.count == 0) {
-          states = next(number++);
-          continue;
-        }
-        stage(states.first);
-        states.first += states.stride;
-        states.count -= 1;
-        continue;
+  // The first states of those, which leaves the others.
+  template <bool kSoftmax>
+  __device__ void fetch(const KernelParams& p, States& from, int lane) {
+    constexpr int kQuadsOfRow = S::kHeadDimVo / 4, kLanes = kLanesOfRow<S, kQuads>;
+    const float* lse_at = p.partial_lse + from.first;
+    const float4* o_at = reinterpret_cast<const float4*>(p.partial_o) +
+                         static_cast<int64_t>(from.first) * kQuadsOfRow + lane;
+    const int64_t next_o = static_cast<int64_t>(from.stride) * kQuadsOfRow;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      lse[i] = kSoftmax ? ptx::load_4(lse_at, i, from.count, neg_infinity()) : 0.0f;
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        const bool is_of_row = kQuadsOfRow % kQuads == 0 || lane + q * kLanes < kQuadsOfRow;
+        o[i][q] = ptx::load_16(o_at + q * kLanes, i, is_of_row ? from.count : 0);
       }
-      flush();
-      if (!is_more) return merge_;
+      lse_at += from.stride;
+      o_at += next_o;
     }
+    from.first += kCount * from.stride;
+    from.count -= kCount;
   }
-
- private:
-  __device__ void stage(int row) {
-    const float* from = p_.partial_o + static_cast<int64_t>(row) * S::kHeadDimVo + share_.lane * 4;
-    float4* to = o_ + staged_ * share_.quads * kThreads;
-#pragma unroll 1
-    for (int q = 0; q < share_.quads; ++q) {
-      const bool is_of_row = share_.lane + q * share_.lanes < kQuadsOfRow;
-      ptx::cp_async_16(ptx::shared_address(to + q * kThreads), from + q * share_.lanes * 4,
-                       is_of_row);
-    }
-    if constexpr (kSoftmax) {
-      ptx::cp_async_4(ptx::shared_address(lse_ + staged_ * kThreads), p_.partial_lse + row);
-    }
-    ++staged_;
-  }
-
-  __device__ void flush() {
-    ptx::cp_async_wait_all();  // no other thread reads them
-#pragma unroll 1
-    for (int first = 0; first < staged_; first += kMergeGroup) add_group(first);
-    staged_ = 0;
-  }
-
-  __device__ void add_group(int first) {
-    float lse[kMergeGroup], weights[kMergeGroup];
-#pragma unroll
-    for (int i = 0; i < kMergeGroup; ++i) {
-      lse[i] =
-          first + i < staged_ ? kSoftmax ? lse_[(first + i) * kThreads] : 0.0f : neg_infinity();
-    }
-    merge_.template rescale<kMaxQuads>(merge_.weigh(lse, weights));
-    const float4* o = o_ + first * share_.quads * kThreads;
-#pragma unroll
-    for (int i = 0; i < kMergeGroup; ++i) {
-      if (first + i >= staged_) break;
-#pragma unroll
-      for (int q = 0; q < kMaxQuads; ++q) {
-        if (q == 1 && share_.quads == 1) break;
-        merge_.add_weighted(q, weights[i], o[q * kThreads]);
-      }
-      o += share_.quads * kThreads;
-    }
-  }
-
-  const KernelParams& p_;
-  const RowShare& share_;
-  float4* o_;   // [state][quad][thread], this thread's
-  float* lse_;  // [state][thread]
-  int most_, staged_ = 0;
-  RowMerge<kSoftmax, kMaxQuads> merge_;
 };
+
+// Adds a row's states, in order. kBatch of them are fetched at a time: one after the other would
+// cost an L2 latency each.
+template <class S, int kQuads, int kBatch, bool kSoftmax, int kMaxQuads>
+__device__ inline void add_states(const KernelParams& p, States states, int lane,
+                                  RowMerge<kSoftmax, kMaxQuads>& merge) {
+  static_assert(kBatch % kMergeGroup == 0);
+#pragma unroll 1
+  while (states.count > 0) {
+    const int left = states.count;
+    FetchedStates<S, kQuads, kBatch> batch;
+    batch.template fetch<kSoftmax>(p, states, lane);
+    ptx::finish_loads();
+#pragma unroll
+    for (int g = 0; g < kBatch; g += kMergeGroup) {
+      if (g >= left) break;
+      merge.template add<kMergeGroup>(batch.lse + g, batch.o + g);
+    }
+  }
+}
 
 // What the merge of a unit needs to know of the plan.
 struct alignas(16) MergeJob {
@@ -145,13 +100,13 @@ __device__ inline void look_up(const KernelParams& p, int unit, int request, Mer
       plan.node_tiles[link.tile_base + job.node_tile_index * num_kv_heads + job.kv_head];
 }
 
-// The states of the unit's row `row` in the node of the request's link `number`.
+// The states of the unit's row `row` in the node of link number `number` of the request.
 template <class S, class Classes>
 __device__ inline States states_in_node(const KernelParams& p, const MergeJob& job, int number,
                                         int row) {
-  const bool is_first = number == 0;
+  const bool is_first = number == job.request.link_begin;
   const PlanView plan = plan_of(p);
-  const NodeLink link = is_first ? job.link : plan.links[job.request.link_begin + number];
+  const NodeLink link = is_first ? job.link : plan.links[number];
   const int log_rows = Classes::log_rows(link.tile_class);
   const int node_row = link.row_offset + job.first_row + row, tile = node_row >> log_rows;
   const int num_kv_heads = p.num_qo_heads / S::kGroupSize;
@@ -161,22 +116,50 @@ __device__ inline States states_in_node(const KernelParams& p, const MergeJob& j
   return {at.partial_row + node_row - (tile << log_rows), at.num_splits, at.num_rows};
 }
 
+// Adds the states of a request's row: those in nodes, then its own, of which the first are on their
+// way while those in nodes are looked up.
+template <class S, int kMaxRows, int kQuads, int kBatch, class InNode, bool kSoftmax, int kMaxQuads>
+__device__ inline void add_all_states(const KernelParams& p, const InNode& in_node,
+                                      const PlannedRequest& request, States own, int lane,
+                                      RowMerge<kSoftmax, kMaxQuads>& merge) {
+  // Kernels without prefixes have nothing to look up meanwhile, and fewer registers.
+  constexpr bool kFetchesAhead = kMaxRows > 64 && kQuads <= 4;
+  FetchedStates<S, kQuads, kMergeGroup> ahead;
+  if constexpr (kFetchesAhead) ahead.template fetch<kSoftmax>(p, own, lane);
+  const int end = S::kDecodes ? request.link_begin : request.link_end;
+#pragma unroll 1
+  for (int link = request.link_begin; link <= end; ++link) {
+    const bool is_own = link == end;
+    if constexpr (kFetchesAhead) {
+      if (is_own) merge.template add<kMergeGroup>(ahead.lse, ahead.o);
+    }
+    add_states<S, kQuads, kBatch>(p, is_own ? own : in_node(link), lane, merge);
+  }
+}
+
 // How many merge units a CTA completed at once, and the rows of the largest.
 struct CompletedUnits {
   int count, most_rows;
 };
 
-// Merges row `row` of a unit: this lane's part of it.
-template <class S, class V, class Classes, int kMaxQuads, int kBytes>
+// Merges row `row` of a unit: this lane's part of it. kOneWidth: lanes take kMaxQuads, never fewer.
+template <class S, class V, class Classes, bool kOneWidth, int kMaxQuads>
 __device__ inline void merge_row(const KernelParams& p, const MergeJob& job, int row,
-                                 const RowShare& share, char* smem) {
+                                 const RowShare& share) {
+  if (!kOneWidth && row >= job.unit.num_rows) return;  // units differ in their rows
   const PlannedRequest& request = job.request;
-  RowStates<S, V::kSoftmax, kMaxQuads, Classes::kThreads, kBytes> states(p, share, smem);
-  const int num_links = S::kDecodes ? 0 : request.link_end - request.link_begin;
-  auto& merge = states.add(num_links + 1, [&](int number) -> States {
-    if (!S::kDecodes && number < num_links) return states_in_node<S, Classes>(p, job, number, row);
-    return {job.unit.partial_row + row, job.unit.num_splits, job.unit.num_rows};
-  });
+  RowMerge<V::kSoftmax, kMaxQuads> merge;
+  const States own = {job.unit.partial_row + row, job.unit.num_splits, job.unit.num_rows};
+  const auto in_node = [&](int link) { return states_in_node<S, Classes>(p, job, link, row); };
+  if constexpr (kOneWidth) {
+    add_states<S, kMaxQuads, 16 / kMaxQuads>(p, own, share.lane, merge);
+  } else if (share.quads == 1) {
+    add_all_states<S, Classes::kMaxRows, 1, 8>(p, in_node, request, own, share.lane, merge);
+  } else if (kMaxQuads == 4 || share.quads == 4) {
+    add_all_states<S, Classes::kMaxRows, 4, 4>(p, in_node, request, own, share.lane, merge);
+  } else {
+    add_all_states<S, Classes::kMaxRows, kMaxQuads, 4>(p, in_node, request, own, share.lane, merge);
+  }
   const int packed = job.first_row + row, local = packed / S::kGroupSize;
   const VariantRow who = {request.kv_len - request.q_len + local,
                           request.qo_begin + local,
@@ -188,8 +171,8 @@ __device__ inline void merge_row(const KernelParams& p, const MergeJob& job, int
 }
 
 // Merges a unit of a decode, whose rows are few.
-template <class S, class V, class Classes, int kBytes>
-__device__ inline void merge_unit(const KernelParams& p, const MergeJob& job, char* smem) {
+template <class S, class V, class Classes>
+__device__ inline void merge_unit(const KernelParams& p, const MergeJob& job) {
   constexpr int kThreads = Classes::kThreads;
   // Lanes for all components of a group's rows.
   constexpr int kQuads = are_few<S, kThreads>(S::kGroupSize)       ? 1
@@ -198,26 +181,28 @@ __device__ inline void merge_unit(const KernelParams& p, const MergeJob& job, ch
   const RowShare share = share_rows<S, kThreads, kQuads>();
 #pragma unroll 1
   for (int row = share.row; row < job.unit.num_rows; row += share.rows_at_once) {
-    merge_row<S, V, Classes, kQuads, kBytes>(p, job, row, share, smem);
+    merge_row<S, V, Classes, true, kQuads>(p, job, row, share);
   }
 }
 
-// Merges the units that a CTA completed: jobs at `slots`. kBytes: of shared memory at `smem`.
-template <class S, class V, class Classes, int kBytes>
+// Merges the units that a CTA completed: jobs at `slots`.
+template <class S, class V, class Classes>
 __device__ inline void merge_units(const KernelParams& p, const CompletedUnits& done,
-                                   const int* slots, const MergeJob* jobs, char* smem) {
-  constexpr int kThreads = Classes::kThreads, kQuads = 4;
-  // Few rows: lanes enough for all their components. Many: a row's weights once for several.
+                                   const int* slots, const MergeJob* jobs) {
+  constexpr int kThreads = Classes::kThreads;
+  // Few rows have many splits and lanes enough for all their components. Many rows have few splits,
+  // and what is worked out once for a row counts: weights, the address of its output. So it does in
+  // kernels with tiles of 128 rows, but a third width of the sums would add a fifth to the time
+  // that those, the largest of all, take to compile.
+  constexpr int kMaxQuads = Classes::kMaxRows == 64 ? 8 : 4;
   const int most_rows = done.most_rows, num_rows = done.count * most_rows;
-  RowShare share = share_rows<S, kThreads, kQuads>();
+  RowShare share = share_rows<S, kThreads, kMaxQuads>();
+  if (kMaxQuads > 4 && num_rows <= 16) share = share_rows<S, kThreads, 4>();
   if (are_few<S, kThreads>(num_rows)) share = share_rows<S, kThreads, 1>();
-#pragma unroll 1
   for (int at = share.row; at < num_rows; at += share.rows_at_once) {
     const uint32_t index = static_cast<uint32_t>(at) / static_cast<uint32_t>(most_rows);
     const int row = at - static_cast<int>(index) * most_rows;
-    const MergeJob& job = jobs[slots[index]];
-    if (row >= job.unit.num_rows) continue;  // units differ in their rows
-    merge_row<S, V, Classes, kQuads, kBytes>(p, job, row, share, smem);
+    merge_row<S, V, Classes, false, kMaxQuads>(p, jobs[slots[index]], row, share);
   }
 }
 
