@@ -41,11 +41,10 @@ constexpr int32_t kMinStages = 2;
 
 // What a CTA takes of a SM's shared memory: the system's share and the static part come on top.
 int32_t cta_bytes(const KernelShape& shape, const TileRow& row, int32_t stages, int32_t warps) {
-  constexpr int32_t kReservedBytes = 1024;
-  return kReservedBytes + sm80::static_bytes(row.rows) +
-         sm80::plan_shared(shape.head_dim_qk, shape.head_dim_vo, shape.kv_bytes, row.rows,
-                           row.kv_tile, stages, warps)
-             .bytes;
+  constexpr int32_t kReservedBytes = 1024 + sm80::kStaticBytes;
+  return kReservedBytes + sm80::plan_shared(shape.head_dim_qk, shape.head_dim_vo, shape.kv_bytes,
+                                            row.rows, row.kv_tile, stages, warps)
+                              .bytes;
 }
 
 std::vector<TileRow> tiles_that_fit(const KernelShape& shape) {

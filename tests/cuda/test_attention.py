@@ -243,7 +243,8 @@ def test_the_convenience_grows(device: str) -> None:
         assert_close(layer(there.q, there.kv).cpu(), None, problem)
 
 
-def test_batch_invariant_bits(device: str) -> None:
+@pytest.mark.parametrize("num_ctas", [None, 3], ids=["a chunk a CTA", "chunks of a request a CTA"])
+def test_batch_invariant_bits(num_ctas: int | None, device: str) -> None:
     """A request's bits do not depend on what else is in the batch."""
     case = Case("alone", ((7, 900),), heads(4, 128), BF16)
     company = dataclasses.replace(case, lengths=((7, 900), (1, 1500), (200, 300), (1, 5)))
@@ -259,8 +260,11 @@ def test_batch_invariant_bits(device: str) -> None:
             capacity_of("any"),
             device,
             batch_invariant_chunk=256,
+            num_ctas=num_ctas,
         )
         there = to_device(problem, device)
         planner.plan(there.batch)
-        outs.append(fi.attention(planner.slot(0), there.q, there.kv)[:7])
+        out = fi.attention(planner.slot(0), there.q, there.kv)
+        assert_close(out.cpu(), None, problem)
+        outs.append(out[:7])
     assert torch.equal(*outs)

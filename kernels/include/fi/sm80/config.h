@@ -91,9 +91,7 @@ struct SharedPlan {
 
 constexpr int kRowInfoBytes = 24;    // sizeof(VariantRow)
 constexpr int kRowOffsetBytes = 16;  // sizeof(RowOffsets)
-
-// What a kernel declares beside, at most (kernel.h).
-FI_HOST_DEVICE constexpr int static_bytes(int rows) { return rows == 16 ? 384 : 448; }
+constexpr int kStaticBytes = 384;    // what a kernel declares beside, at most (kernel.h)
 
 FI_HOST_DEVICE constexpr SharedPlan plan_shared(int head_dim_qk, int head_dim_vo, int kv_bytes,
                                                 int rows, int kv_tile, int num_stages,

@@ -111,17 +111,16 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
 // Merge units of request items whose states are written and not announced yet. They are announced
 // together when the CTA has done its span: prefixes, which come first in the order of items, are
 // mostly done by then, and a CTA merges its own requests at once.
-template <int kMaxRows>
 struct PendingUnits {
-  static constexpr int kMost = kMaxRows == 16 ? 4 : 8;
+  static constexpr int kMost = 5;
   ArrivingUnit units[kMost];
+  int count;  // here and not in a register, of which main loops have none to spare
 
   // Lists an item's unit: by one thread, before the item's work, at whose end it is complete.
-  __device__ void list(int place, const PlanView& plan, const WorkItem& item) {
-    ArrivingUnit& to = units[place];
+  __device__ void list(const PlanView& plan, const WorkItem& item) {
+    ArrivingUnit& to = units[count++];
     to.unit = item.unit;
     to.request = item.request;
-    to.num_rows = item.num_rows;
     ptx::cp_async_4(ptx::shared_address(&to.expected), &plan.units[item.unit].expected);
   }
 };
@@ -155,8 +154,8 @@ __device__ bool is_complete_and_mine(bool is_complete, int most) {
 // How long a CTA that has done its span looks for units to merge, in cycles: about 8 us.
 constexpr uint32_t kMostWait = 15000;
 
-// Announces partial states to their merge units, `count` of which unit(i) tells, equal ones side by
-// side: those of the rows of a node item, or of pending request items. A unit has a thread: one
+// Announces partial states to their merge units, `count` of which unit(i) tells: those of the rows
+// of a node item, equal ones side by side, or of pending request items. A state has a thread: one
 // after the other their atomics would cost an L2 latency each. Meanwhile other threads look up what
 // a merge needs to know. Then merges units that are complete.
 //
@@ -174,8 +173,9 @@ __device__ void arrive_and_merge(const KernelParams& p, const Unit& unit, int co
   auto* jobs = reinterpret_cast<MergeJob*>(ptx::here(smem) + kJobsAt);
   const bool has_nodes = __ldg(&plan_of(p).header->num_nodes) > 0;
   __syncthreads();  // the states are written, the pending units complete
+  // A state is announced once: that of a node item for all rows of a unit, of request items each.
   const auto begins = [&](int i) {
-    return i < count && (i == 0 || unit(i - 1).unit != unit(i).unit);
+    return i < count && (!is_of_node || i == 0 || unit(i - 1).unit != unit(i).unit);
   };
   bool is_open = begins(x);
   const ArrivingUnit own = is_open ? unit(x) : ArrivingUnit{};
@@ -184,7 +184,7 @@ __device__ void arrive_and_merge(const KernelParams& p, const Unit& unit, int co
   const uint32_t begin = ptx::cycles();
   // Units of a warp. Those of a decoded token each merge together in the time of one.
   int most = !waits ? 32 : is_of_node ? 1 : max_int(1, 16 / S::kGroupSize);
-  const bool takes = !is_of_node && count <= most;  // no need to claim what this CTA completes
+  bool takes = !is_of_node && count <= most;  // no need to claim what is complete at once
   bool is_complete = is_open && (takes ? ptx::arrive_last(counter, own.expected)
                                        : ptx::arrive(counter) == own.expected);
   const int other = (x + Classes::kThreads / 2) % Classes::kThreads;
@@ -197,10 +197,11 @@ __device__ void arrive_and_merge(const KernelParams& p, const Unit& unit, int co
     if (is_complete_and_mine<S>(is_complete, most)) {
       if (takes || ptx::claim(counter, own.expected)) {
         slots[atomicAdd(&done.count, 1)] = x;
-        atomicMax(&done.most_rows, own.num_rows);
+        atomicMax(&done.most_rows, jobs[x].unit.num_rows);
       }
       is_open = is_complete = false;
     }
+    takes = false;
     __syncthreads();
     if (done.count > 0) {
       merge_units<S, V, Classes>(p, done, slots, jobs);
@@ -243,20 +244,19 @@ __device__ void run_items(const KernelParams& p) {
   char* const smem = dynamic_shared<(kByWarpgroups<S, Tiles> || ...)>();
   CurrentItem& current = current_item();
   __shared__ CompletedUnits done;
-  __shared__ PendingUnits<Classes::kMaxRows> pending;
-  static_assert(sizeof(current) + sizeof(done) + sizeof(pending) <=
-                static_bytes(Classes::kMaxRows));
+  __shared__ PendingUnits pending;
+  static_assert(sizeof(current) + sizeof(done) + sizeof(pending) <= kStaticBytes);
   constexpr bool kArrivesOne = S::kDecodes && Classes::kMaxRows == 16;
   constexpr int kJobsAt = most_of(kShared<S, Tiles>.stages...);
   static_assert(kArrivesOne || kJobsAt + Classes::kThreads * sizeof(MergeJob) <=
                                    most_of(kShared<S, Tiles>.bytes...));
-  int num_pending = 0;
   prefetch_item(plan_of(p).first_items + blockIdx.x, current);  // before it is known to exist
   const int first = __ldg(plan_of(p).cta_ptr + blockIdx.x);
   const int end = __ldg(plan_of(p).cta_ptr + blockIdx.x + 1);
   ptx::cp_async_wait_all();
   if (first == end) return;
   if (ptx::thread_index() == 0) {
+    pending.count = 0;
     current.end = end;
     current.left = end - first;
     current.k_stride = p.kv.k_stride;
@@ -270,12 +270,10 @@ __device__ void run_items(const KernelParams& p) {
     __syncthreads();
     if (current.left > 0) prefetch_item(plan_of(p).items + (current.end - current.left), current);
     const WorkItem& item = current.item;
-    if (!kArrivesOne && item.partial_row >= 0 && item.request >= 0) {
-      // By a warp that has little to do before the first copies.
-      if (ptx::thread_index() == Classes::kThreads - 1) {
-        pending.list(num_pending, plan_of(p), item);
-      }
-      ++num_pending;
+    // By a warp that has little to do before the first copies.
+    if (!kArrivesOne && item.partial_row >= 0 && item.request >= 0 &&
+        ptx::thread_index() == Classes::kThreads - 1) {
+      pending.list(plan_of(p), item);
     }
     // The same of all lanes, by a way that shows it: uniform registers are kept through the work.
     const int own_class = __shfl_sync(0xffffffff, item.tile_class, 0);
@@ -289,11 +287,13 @@ __device__ void run_items(const KernelParams& p) {
     const bool is_of_node = item.partial_row >= 0 && item.request < 0;
     if constexpr (kArrivesOne) {
       if (item.partial_row >= 0) arrive_and_merge_one<S, V, Classes>(p, item, done);
-    } else if (is_of_node || num_pending == pending.kMost || (is_last && num_pending > 0)) {
-      const auto unit = [&](int i) { return is_of_node ? places(smem, i) : pending.units[i]; };
-      arrive_and_merge<S, V, Classes, kJobsAt>(p, unit, is_of_node ? item.num_rows : num_pending,
-                                               is_of_node, is_last, smem, done);
-      if (!is_of_node) num_pending = 0;
+    } else {
+      const int count = is_of_node ? item.num_rows : pending.count;
+      if (is_of_node || count == pending.kMost || (is_last && count > 0)) {
+        const auto unit = [&](int i) { return is_of_node ? places(smem, i) : pending.units[i]; };
+        arrive_and_merge<S, V, Classes, kJobsAt>(p, unit, count, is_of_node, is_last, smem, done);
+        if (ptx::thread_index() == 0) pending.count = 0;  // of a node item, too: requests follow
+      }
     }
     __syncthreads();  // shared memory belongs to the next item
   } while (!is_last);

@@ -179,9 +179,9 @@ __device__ inline void load_rows(const KernelParams& p, CurrentItem& current, Va
 }
 
 // A merge unit that an item announces its partial state to.
-struct alignas(16) ArrivingUnit {
+struct ArrivingUnit {
   int32_t unit, request;
-  int32_t expected, num_rows;  // MergeUnit's
+  int32_t expected;  // MergeUnit's
 };
 
 // Where a node item keeps the merge unit of each row until it is done: in what pads the rows of its
@@ -196,7 +196,7 @@ struct UnitPlaces {
 template <class S, class T>
 __device__ constexpr UnitPlaces unit_places() {
   constexpr int kQueryRow = S::kHeadDimQk * 2;
-  if (kByWarpgroups<S, T>) return {T::kRows * kQueryRow, sizeof(ArrivingUnit)};
+  if (kByWarpgroups<S, T>) return {T::kRows * kQueryRow, 16};
   static_assert(kShared<S, T>.pitch_q - kQueryRow >= sizeof(ArrivingUnit));
   return {kQueryRow, kShared<S, T>.pitch_q};
 }
@@ -214,8 +214,7 @@ __device__ inline void load_units(const KernelParams& p, const WorkItem& item,
       (rows[x].token - r.qo_begin) * S::kGroupSize + (item.row_begin + x) % S::kGroupSize;
   const int unit =
       r.unit_base + item.kv_head * r.num_tiles + (packed >> Classes::log_rows(r.tile_class));
-  unit_places<S, T>()(smem, x) = {unit, request, plan.units[unit].expected,
-                                  plan.units[unit].num_rows};
+  unit_places<S, T>()(smem, x) = {unit, request, plan.units[unit].expected};
 }
 
 // 16 bytes of a row to shared memory; zeros and no access when !valid. Unaligned rows are read
