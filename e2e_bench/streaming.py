@@ -131,6 +131,7 @@ class Engine:
         for planner in self.planners.values():
             planner.plan(self.batch)
         self.turned = torch.empty_like(self.layers[0].k)
+        torch.compiler.reset()  # each stream has its shapes: past a few, torch compiles no more
         compiles = device.type == "cuda"
         self._turn = torch.compile(_turn, dynamic=False) if compiles else _turn
 

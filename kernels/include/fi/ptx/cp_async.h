@@ -62,13 +62,29 @@ __device__ inline void store_shared_16(uint32_t smem, const uint32_t (&words)[4]
                : "memory");
 }
 
-__device__ inline uint32_t load_shared_4(uint32_t smem) {
-  uint32_t word;
-  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(word) : "r"(smem) : "memory");
-  return word;
+// 4 or 16 bytes from and to shared memory.
+template <int kWords>
+__device__ inline void load_shared(uint32_t smem, uint32_t* words) {
+  static_assert(kWords == 1 || kWords == 4);
+  if constexpr (kWords == 1) {
+    asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(words[0]) : "r"(smem) : "memory");
+  } else {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(smem)
+                 : "memory");
+  }
 }
-__device__ inline void store_shared_4(uint32_t smem, uint32_t word) {
-  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(smem), "r"(word) : "memory");
+template <int kWords>
+__device__ inline void store_shared(uint32_t smem, const uint32_t* words) {
+  static_assert(kWords == 1 || kWords == 4);
+  if constexpr (kWords == 1) {
+    asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(smem), "r"(words[0]) : "memory");
+  } else {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(smem), "r"(words[0]),
+                 "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+  }
 }
 
 __device__ inline uint32_t shared_address(const void* pointer) {

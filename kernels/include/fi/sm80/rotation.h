@@ -38,18 +38,22 @@ class Rotator {
       __syncthreads();
     }
     if (t == 0 || (V::kRolls && t == tiles.before_hole)) {
-      turn_rows(
+      turn_rows<2>(
           T::kRows, [&](int row, int d) { return place_in_q(row, d); },
           [&](int row) {
             const int q_pos = max_i32(rows_[row].q_pos, 0);  // before the first: sees nothing
             return q_pos - (has_sinks ? gone_before(q_pos) : base);
           });
     }
-    turn_rows(
-        min_i32(end - begin, T::kKvTile),
-        [&](int row, int d) { return place_in_k(smem_k, row, d); },
-        // Before the first row's window: seen by nobody.
-        [&](int row) { return max_i32(begin + row - (has_sinks ? 0 : base), 0); });
+    const int num_rows = min_i32(end - begin, T::kKvTile);
+    const auto place = [&](int row, int d) { return place_in_k(smem_k, row, d); };
+    // Before the first row's window: seen by nobody.
+    const auto slot = [&](int row) { return max_i32(begin + row - (has_sinks ? 0 : base), 0); };
+    if (is_wide()) {
+      turn_rows<8>(num_rows, place, slot);
+    } else {
+      turn_rows<2>(num_rows, place, slot);
+    }
     if constexpr (kSwizzles) ptx::publish_to_products();
     __syncthreads();
   }
@@ -75,40 +79,87 @@ class Rotator {
     return smem_k + at + d % 8 * 2;
   }
 
-  // A row a warp, two pairs of components a lane.
-  template <class Place, class Slot>
+  // Whether angles can be read, and rows turned, 16 bytes at a time.
+  __device__ bool is_wide() const {
+    const Rotation& r = p_.rotation;
+    return r.rotary_dim % 16 == 0 && r.stride % 4 == 0 &&
+           reinterpret_cast<uint64_t>(r.cos_sin) % 16 == 0;
+  }
+
+  // Turns rows; kPairs pairs of components a lane. Turning is bound by its instructions: eight
+  // pairs take half as many each as two.
+  template <int kPairs, class Place, class Slot>
   __device__ void turn_rows(int num_rows, Place place, Slot slot_of) const {
+    constexpr int kLanes = 64 / kPairs;           // of a row
+    constexpr int kAtOnce = kPairs == 8 ? 2 : 4;  // rows whose angles are on their way together
+    constexpr int kNext = T::kThreads / kLanes;   // from one row of a thread to the next
     const int half = p_.rotation.rotary_dim / 2;
-    const int warp = ptx::thread_index() / 32, lane = ptx::thread_index() % 32;
+    const int thread = ptx::thread_index(), lane = thread % kLanes;
 #pragma unroll 1
-    for (int row = warp; row < num_rows; row += T::kWarps) {
-      const float* cos = p_.rotation.cos_sin + slot_of(row) * p_.rotation.stride;
-      const float* sin = cos + half;
+    for (int first = thread / kLanes; first < num_rows; first += kNext * kAtOnce) {
 #pragma unroll 1
-      for (int i = lane * 2; i < half; i += 64) {
-        const uint32_t one = place(row, V::kIsInterleaved ? 2 * i : i);
-        const uint32_t other = place(row, V::kIsInterleaved ? 2 * i + 2 : half + i);
-        float x[2], y[2];
-        const uint32_t first = ptx::load_shared_4(one), second = ptx::load_shared_4(other);
-        if constexpr (V::kIsInterleaved) {
-          Ops::unpack(first, x[0], y[0]);
-          Ops::unpack(second, x[1], y[1]);
-        } else {
-          Ops::unpack(first, x[0], x[1]);
-          Ops::unpack(second, y[0], y[1]);
+      for (int i = lane * kPairs; i < half; i += kLanes * kPairs) {
+        float cos[kAtOnce][kPairs], sin[kAtOnce][kPairs];
+#pragma unroll
+        for (int r = 0; r < kAtOnce; ++r) {
+          const int row = min_i32(first + r * kNext, num_rows - 1);
+          const float* from = p_.rotation.cos_sin + slot_of(row) * p_.rotation.stride + i;
+          load_angles(from, cos[r]);
+          load_angles(from + half, sin[r]);
         }
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const float c = __ldg(cos + i + k), s = __ldg(sin + i + k);
-          const float turned = x[k] * c - y[k] * s;
-          y[k] = y[k] * c + x[k] * s;
-          x[k] = turned;
+        for (int r = 0; r < kAtOnce; ++r) {
+          const int row = first + r * kNext;
+          if (row >= num_rows) break;
+          const uint32_t one = place(row, V::kIsInterleaved ? 2 * i : i);
+          const uint32_t other = place(row, V::kIsInterleaved ? 2 * i + kPairs : half + i);
+          turn_pairs(one, other, cos[r], sin[r]);
         }
-        ptx::store_shared_4(one, V::kIsInterleaved ? Ops::pack(x[0], y[0]) : Ops::pack(x[0], x[1]));
-        ptx::store_shared_4(other,
-                            V::kIsInterleaved ? Ops::pack(x[1], y[1]) : Ops::pack(y[0], y[1]));
       }
     }
+  }
+
+  template <int kPairs>
+  __device__ static void load_angles(const float* from, float (&angles)[kPairs]) {
+    if constexpr (kPairs % 4 == 0) {
+#pragma unroll
+      for (int k = 0; k < kPairs; k += 4) {
+        const float4 four = __ldg(reinterpret_cast<const float4*>(from + k));
+        angles[k] = four.x, angles[k + 1] = four.y, angles[k + 2] = four.z, angles[k + 3] = four.w;
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kPairs; ++k) angles[k] = __ldg(from + k);
+    }
+  }
+
+  // Pairs of a row, whose components are half at `one` and half at `other`.
+  template <int kPairs>
+  __device__ static void turn_pairs(uint32_t one, uint32_t other, const float (&cos)[kPairs],
+                                    const float (&sin)[kPairs]) {
+    constexpr int kWords = kPairs / 2;  // at either place
+    uint32_t words[2 * kWords];
+    ptx::load_shared<kWords>(one, words);
+    ptx::load_shared<kWords>(other, words + kWords);
+#pragma unroll
+    for (int k = 0; k < kPairs; k += 2) {
+      // Two pairs in two words: one each, or the first components of both and the second ones.
+      uint32_t& first = words[V::kIsInterleaved ? k : k / 2];
+      uint32_t& second = words[V::kIsInterleaved ? k + 1 : kWords + k / 2];
+      float x[2], y[2];
+      Ops::unpack(first, x[0], V::kIsInterleaved ? y[0] : x[1]);
+      Ops::unpack(second, V::kIsInterleaved ? x[1] : y[0], y[1]);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float turned = x[j] * cos[k + j] - y[j] * sin[k + j];
+        y[j] = y[j] * cos[k + j] + x[j] * sin[k + j];
+        x[j] = turned;
+      }
+      first = Ops::pack(x[0], V::kIsInterleaved ? y[0] : x[1]);
+      second = Ops::pack(V::kIsInterleaved ? x[1] : y[0], y[1]);
+    }
+    ptx::store_shared<kWords>(one, words);
+    ptx::store_shared<kWords>(other, words + kWords);
   }
 
   const KernelParams& p_;
