@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 from e2e_bench import picture, report, tables
 from e2e_bench.report import Row
+from e2e_bench.serving import figures
 
 DOCUMENT = report.ROOT / "docs" / "benchmarks.md"
 MARKER = re.compile(r"<!-- results: (?P<name>[\w.-]+) -->\n.*?<!-- end -->\n", re.DOTALL)
@@ -20,8 +22,14 @@ def run() -> int:
         header, rows = report.load(path)
         if path.stem.startswith("kernels-"):
             picture.draw(header, rows, path.with_suffix(".svg"))
+        elif path.stem.startswith("streaming-"):
+            picture.draw_streaming(header, rows, path.with_suffix(".svg"))
         sections[path.stem] = section(path, header, rows)
         print(f"\n{sections[path.stem]}")
+    for path in sorted(report.RESULTS.glob("serve-*.json")):
+        served = json.loads(path.read_text())["rows"]
+        if isinstance(served, list):  # as `e2e_bench serve` writes them
+            figures.draw_svg(path.with_suffix(".svg"), served)
     DOCUMENT.write_text(rewrite(DOCUMENT.read_text(), sections))
     return 0
 

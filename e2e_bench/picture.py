@@ -1,4 +1,4 @@
-"""The picture of a kernel run: every implementation's time over the floor, a line per workload."""
+"""Pictures of runs: a line per workload, and a mark per implementation or part."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from e2e_bench.report import Row
-from e2e_bench.tables import OURS, SHORT, by_workload
+from e2e_bench.tables import APART, OURS, SHORT, by_workload
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito), and a shape each.
 STYLES = {
@@ -20,6 +20,8 @@ STYLES = {
     "flashinfer_cascade": ("#666666", "X"),
 }
 LINE_INCHES = 0.27
+# What the FlashInfer paper reports of RoPE fused into attention: of the time apart.
+PAPER_STREAMING = (0.70, 0.72)
 
 
 def draw(header: dict[str, Any], rows: Sequence[Row], path: Path) -> None:
@@ -56,6 +58,39 @@ def draw(header: dict[str, Any], rows: Sequence[Row], path: Path) -> None:
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.07), ncols=4, frameon=False)
+        axes.set_title(f"{header['gpu']}, {header['date']}, kernels {header['kernels_hash']}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def draw_streaming(header: dict[str, Any], rows: Sequence[Row], path: Path) -> None:
+    """Draw what RoPE inside attention takes of the time apart, as SVG, as ``draw`` does."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    shares: dict[str, dict[str, float]] = {}
+    for workload, found in by_workload(rows).items():
+        if OURS in found and APART in found:
+            stream, _, part = workload.rpartition(".")
+            share = found[OURS].us_median / found[APART].us_median
+            shares.setdefault(stream, {})[part] = share
+    names = list(shares)
+    with rc_context({"svg.hashsalt": "fi_backend", "font.size": 9}):
+        figure = Figure(figsize=(8, 1.6 + LINE_INCHES * len(names)), layout="constrained")
+        axes = figure.subplots()
+        axes.axvspan(*PAPER_STREAMING, color="#dddddd", label="the paper's step")
+        for part, color, marker in (("step", "#d55e00", "D"), ("attention", "#0072b2", "o")):
+            points = [(shares[name].get(part), i) for i, name in enumerate(names)]
+            x, y = zip(*((share, i) for share, i in points if share is not None), strict=True)
+            axes.scatter(x, y, 34, color, marker=marker, label=part, zorder=3, linewidths=0)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_xlim(0, 1.1)
+        axes.set_xlabel("time with RoPE inside attention, of that apart; left is better")
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=3, frameon=False)
         axes.set_title(f"{header['gpu']}, {header['date']}, kernels {header['kernels_hash']}")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="svg", metadata={"Date": None})

@@ -75,22 +75,32 @@ def draw(out: Path, meta: Mapping[str, Any], rows: Sequence[Row]) -> None:
         return
     picture = b""
     if importlib.util.find_spec("matplotlib"):
-        picture = _picture(loads)
+        picture = _picture(loads, "png")
         out.with_suffix(".png").write_bytes(picture)
     else:
         print(f"no picture: matplotlib is not installed; the same command elsewhere draws {out}")
     out.with_suffix(".html").write_text(_page(meta, rows, picture))
 
 
-def _picture(loads: Sequence[tuple[str, Sequence[Row]]]) -> bytes:
-    import matplotlib
+def draw_svg(path: Path, rows: Sequence[Row]) -> None:
+    """Draw committed results of servers, as SVG; equal rows give equal bytes."""
+    path.write_bytes(_picture(measured(rows), "svg"))
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(
-        len(loads), 2, figsize=(10, 1 + 1.6 * len(loads)), squeeze=False, layout="constrained"
-    )
+def _picture(loads: Sequence[tuple[str, Sequence[Row]]], form: str) -> bytes:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    picture = io.BytesIO()
+    with rc_context({"svg.hashsalt": "fi_backend"}):
+        figure = Figure(figsize=(10, 1 + 1.6 * len(loads)), layout="constrained")
+        _draw_loads(figure.subplots(len(loads), 2, squeeze=False), loads)
+        metadata = {"Date": None} if form == "svg" else {}
+        figure.savefig(picture, format=form, dpi=110, metadata=metadata)
+    return picture.getvalue()
+
+
+def _draw_loads(axes: Any, loads: Sequence[tuple[str, Sequence[Row]]]) -> None:
     for (title, found), line in zip(loads, axes, strict=True):
         # Of several samples a prompt a client times no single gaps.
         gap = "itl" if "median_itl_ms" in found[0] else "tpot"
@@ -107,10 +117,6 @@ def _picture(loads: Sequence[tuple[str, Sequence[Row]]]) -> bytes:
             axis.invert_yaxis()
             axis.margins(x=0.15)
             axis.set_title(f"{title}: {unit}", fontsize=9)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    pyplot.close(figure)
-    return picture.getvalue()
 
 
 def _page(meta: Mapping[str, Any], rows: Sequence[Row], picture: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from e2e_bench import documents, evidence, picture, report, tables
 from e2e_bench.report import MalformedResults, Row
 from e2e_bench.run_log import RunLog
+from e2e_bench.serving import figures
 
 ROWS = [
     Row("dec.a", "fi_backend", 8.0, 7.5, 9.0, 4000.0, 1.5, 4.0, 0.7),
@@ -207,6 +209,49 @@ def test_picture(tmp_path: Path) -> None:
     assert text == paths[1].read_text()
     for word in ("dec.a", "pre.b", "FlashInfer fa2", "fi_backend", "NVIDIA H200"):
         assert f"<!-- {word}" in text
+
+
+def test_picture_of_streaming(tmp_path: Path) -> None:
+    rows = [
+        Row(f"llama.b1.w9.{part}", impl, us, us, us)
+        for part, inside in (("step", 8.0), ("attention", 3.0))
+        for impl, us in ((tables.OURS, inside), (tables.APART, 10.0))
+    ]
+    paths = [tmp_path / "a.svg", tmp_path / "b.svg"]
+    for path in paths:
+        picture.draw_streaming(header(), rows, path)
+    text = paths[0].read_text()
+    assert text == paths[1].read_text()
+    for word in ("llama.b1.w9", "step", "attention", "NVIDIA H200"):
+        assert f"<!-- {word}" in text
+
+
+def test_picture_of_servers(tmp_path: Path) -> None:
+    rows = [
+        {
+            "engine": "vllm",
+            "shape": "llama",
+            "backend": backend,
+            "workload": "mixed1k",
+            "output_throughput": 100.0,
+            "median_itl_ms": itl,
+        }
+        for backend, itl in (("CUSTOM", 7.0), ("TRITON_ATTN", 9.0))
+    ]
+    paths = [tmp_path / "a.svg", tmp_path / "b.svg"]
+    for path in paths:
+        figures.draw_svg(path, rows)
+    text = paths[0].read_text()
+    assert text == paths[1].read_text()
+    for word in ("CUSTOM", "TRITON_ATTN", "vllm · llama · mixed1k"):
+        assert f"<!-- {word}" in text
+
+
+def test_the_pictures_of_the_results_are_drawn() -> None:
+    text = (report.ROOT / "docs" / "results.md").read_text()
+    shown = set(re.findall(r"\.\./e2e_bench/results/([\w-]+\.svg)", text))
+    assert shown
+    assert {name for name in shown if not (report.RESULTS / name).exists()} == set()
 
 
 def test_documents_are_rewritten_between_markers() -> None:
