@@ -48,19 +48,12 @@ def draw(header: dict[str, Any], rows: Sequence[Row], path: Path) -> None:
                 axes.scatter(
                     x, y, size, color, marker=marker, label=label, zorder=order, linewidths=0
                 )
-        axes.axvline(1, color="black", linewidth=1)
         axes.set_xscale("log")
         axes.set_xticks([1, 1.25, 1.5, 2, 3, 5, 10], ["1", "1.25", "1.5", "2", "3", "5", "10"])
         axes.minorticks_off()
         axes.set_xlabel("time over the floor (log scale); left is better, 1 is the machine's limit")
-        axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.07), ncols=4, frameon=False)
-        axes.set_title(f"{header['gpu']}, {header['date']}, kernels {header['kernels_hash']}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        _finish(axes, names, header, -0.07)
+        _save(figure, path)
 
 
 def draw_streaming(header: dict[str, Any], rows: Sequence[Row], path: Path) -> None:
@@ -83,14 +76,23 @@ def draw_streaming(header: dict[str, Any], rows: Sequence[Row], path: Path) -> N
             points = [(shares[name].get(part), i) for i, name in enumerate(names)]
             x, y = zip(*((share, i) for share, i in points if share is not None), strict=True)
             axes.scatter(x, y, 34, color, marker=marker, label=part, zorder=3, linewidths=0)
-        axes.axvline(1, color="black", linewidth=1)
         axes.set_xlim(0, 1.1)
         axes.set_xlabel("time with RoPE inside attention, of that apart; left is better")
-        axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=3, frameon=False)
-        axes.set_title(f"{header['gpu']}, {header['date']}, kernels {header['kernels_hash']}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        _finish(axes, names, header, -0.14)
+        _save(figure, path)
+
+
+def _finish(axes: Any, names: Sequence[str], header: dict[str, Any], legend_at: float) -> None:
+    """Name the lines, and say what the marks are and what was measured."""
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.45, legend_at), ncols=4, frameon=False)
+    axes.set_title(f"{header['gpu']}, {header['date']}, kernels {header['kernels_hash']}")
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="svg", metadata={"Date": None})
