@@ -47,6 +47,11 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("jit", help="compiling and launching; partly without a GPU")
     _gpu_options(one, "jit")
     one.add_argument("--arch", default="sm_90a", help="to compile for without a GPU")
+    one = commands.add_parser("tune", help="our attention with other tiles and other costs")
+    one.add_argument("tables", nargs="*", default=["own"], help="see e2e_bench/tune.py")
+    one.add_argument("--only", type=_words, default=(), help="as for kernels")
+    one.add_argument("--levels", type=int, help="of prefixes that there is room for")
+    one.add_argument("--quick", action="store_true", help="fewer repeats")
     _add_serve(commands)
     commands.add_parser("report", help="draw pictures, print tables, rewrite docs/benchmarks.md")
     commands.add_parser("evidence", help="which committed results are stale")
@@ -122,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         from e2e_bench.serving import matrix
 
         return matrix.run_command(args)
-    return _run_on_gpu(args)
+    return _tune(args) if args.command == "tune" else _run_on_gpu(args)
 
 
 def _run_on_gpu(args: argparse.Namespace) -> int:
@@ -157,6 +162,12 @@ def _run_on_gpu(args: argparse.Namespace) -> int:
     from e2e_bench import kernels
 
     return kernels.run(kernels.Options(out, args.only, args.impls, args.quick, args.fa3))
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from e2e_bench import tune
+
+    return tune.run(args.tables, args.only, args.levels, args.quick)
 
 
 if __name__ == "__main__":

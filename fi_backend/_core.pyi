@@ -410,7 +410,6 @@ class ForestKernelParams:
     kv_len: int
     scratch: int
     branches: int
-    arrivals: int
     forest: int
     totals: int
     num_requests: int

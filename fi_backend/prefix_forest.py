@@ -32,7 +32,7 @@ _CTAS_PER_SM = 3  # bounds registers, at 80
 # on a multiprocessor.
 _MAX_SHARED_BYTES = 95 << 10
 
-_BRANCH_BYTES, _ARRIVALS_BYTES, _TOTALS_BYTES = 8, 4, 16
+_BRANCH_BYTES, _TOTALS_BYTES = 8, 16
 
 # threads, CTAs of a multiprocessor, scratch in shared memory
 SOURCE = """#include "fi/common/forest_block.h"
@@ -93,11 +93,9 @@ class PrefixForest:
             return
         self._kernel = load(forest_kernel(capacity), device)
         self._params = _core.ForestKernelParams(self._capacity)
-        branches = torch.zeros(capacity.max_requests, 2, dtype=torch.int32, device=device)
-        self._arrivals = torch.zeros(1, dtype=torch.int32, device=device)
-        self._held += [branches, self._arrivals]
-        self._params.branches = branches.data_ptr()
-        self._params.arrivals = self._arrivals.data_ptr()
+        self._branches = torch.zeros(capacity.max_requests, dtype=torch.int64, device=device)
+        self._held.append(self._branches)
+        self._params.branches = self._branches.data_ptr()
         self._params.forest = self.data.data_ptr()
         self._params.totals = self.totals.data_ptr()
         if self._params.scratch_bytes > _MAX_SHARED_BYTES:
@@ -109,7 +107,7 @@ class PrefixForest:
     def clear_counters(self) -> None:
         """As ``StepPlanner.clear_counters``."""
         if self._kernel is not None:
-            self._arrivals.zero_()
+            self._branches.zero_()
 
     def reads(self) -> SharedReads:
         """Return what all steps so far read; on a GPU this waits for the device."""
@@ -123,7 +121,7 @@ class PrefixForest:
             return held
         scratch = _core.ForestKernelParams(plan_capacity(capacity)).scratch_bytes
         branches = _BRANCH_BYTES * capacity.max_requests
-        return held + branches + _ARRIVALS_BYTES + (scratch if scratch > _MAX_SHARED_BYTES else 0)
+        return held + branches + (scratch if scratch > _MAX_SHARED_BYTES else 0)
 
     @property
     def num_bytes(self) -> int:
@@ -159,7 +157,8 @@ class PrefixForest:
         params.kv_len = batch.kv_len.data_ptr()
         params.kv_len_is_int64 = batch.kv_len.dtype == torch.int64
         params.set_table(table_view(batch))
-        _core.launch_forest(self._kernel, params, max(batch.num_requests, 1), _THREADS, stream)
+        grid = batch.num_requests + 1  # one builds what the others find
+        _core.launch_forest(self._kernel, params, grid, _THREADS, stream)
 
 
 def forest_kernel(capacity: Capacity) -> DeviceKernel:

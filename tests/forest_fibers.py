@@ -39,13 +39,22 @@ class ForestFiberBlock : public FiberBlock {
     scan(Smallest{value}, &all);
     return all.value;
   }
-  bool any(bool is_set) {
-    Smallest all;
-    scan(Smallest{is_set ? 0 : 1}, &all);
-    return all.value == 0;
+  int32_t first_equal(uint64_t number) {
+    int32_t first = -1;
+    for (int32_t t = num_lanes() - 1; t >= 0; --t) {
+      const auto low = static_cast<uint32_t>(shuffle(static_cast<int32_t>(number), t));
+      const auto high = static_cast<uint32_t>(shuffle(static_cast<int32_t>(number >> 32), t));
+      if ((static_cast<uint64_t>(high) << 32 | low) == number) first = t;
+    }
+    return first;
   }
   void sync_warp() { shuffle(0, 0); }
-  fi::forest::Branch load(const fi::forest::Branch* from) const { return *from; }
+  void give(uint64_t* to, const fi::forest::Branch& branch) { *to = fi::forest::word_of(branch); }
+  fi::forest::Branch take(uint64_t* from) {
+    const uint64_t word = *from;
+    *from = 0;
+    return fi::forest::branch_of(word);
+  }
 };
 
 template <class Body>
@@ -68,7 +77,7 @@ extern "C" bool run_forest(const fi::ForestKernelParams* p, int num_threads, boo
   for (int r = 0; r < p->num_requests; ++r) {
     const bool met = run_cta(num_threads, is_descending, [&](ForestFiberBlock& block) {
       const fi::forest::Branch branch = fi::forest::Search(*p, block, r).find();
-      if (block.thread() == 0) p->branches[r] = branch;
+      if (block.thread() == 0) block.give(p->branches + r, branch);
     });
     if (!met) return false;
   }
@@ -100,7 +109,7 @@ def find_on_fibers(
     """All bytes of the device's forest, written over FILL."""
     params = _core.ForestKernelParams(plan_capacity(step.capacity))
     batch = step.batch
-    branches = np.full((max(1, step.capacity.max_requests), 2), 0x7BCDEF, np.int32)
+    branches = np.zeros(max(1, step.capacity.max_requests), np.uint64)
     forest = empty_plan(_core.forest_layout(plan_capacity(step.capacity)).total_bytes)
     params.num_requests = batch.num_requests
     params.qo_indptr = batch.qo_indptr.data_ptr()
@@ -110,4 +119,5 @@ def find_on_fibers(
     params.branches = branches.ctypes.data
     params.forest = forest.ctypes.data
     assert library.run_forest(bytes(params), num_threads, is_descending), "a barrier was missed"
+    assert not branches.any(), "what was handed over is left at zero"
     return forest

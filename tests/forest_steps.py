@@ -55,9 +55,9 @@ class Step:
         return forest_arrays(forest, layout, self.batch.num_requests)
 
 
-def arrivals_of(forest: PrefixForest) -> Tensor | None:
-    """The kernel's counter of CTAs, zero between launches; None on the CPU."""
-    return next((held for held in forest._held if held.shape == (1,)), None)
+def handed_over(forest: PrefixForest) -> Tensor | None:
+    """What the kernel's CTAs hand over, zero between launches; None on the CPU."""
+    return getattr(forest, "_branches", None)
 
 
 Node = tuple[int, int, tuple[int, ...]]  # kv_begin, kv_end, members

@@ -114,7 +114,7 @@ Fibers* Fibers::self;
 
 struct CtaMemory {
   std::vector<std::any> values[2];
-  std::vector<int32_t> bits[2], lanes[2], marks;
+  std::vector<int32_t> bits[2], lanes[2], marks, tile_costs;
   char* scratch;
 };
 
@@ -137,6 +137,8 @@ class FiberBlock {
   void sync() const { fibers_.wait(kAtBarrier); }
   char* scratch() const { return memory_.scratch; }
   int32_t* marks() const { return memory_.marks.data(); }
+  int32_t* tile_costs() const { return memory_.tile_costs.data() + warp() * num_tile_costs(); }
+  int32_t num_tile_costs() const { return 4 * num_lanes(); }
   void add(int32_t* to, int32_t value) const { *to += value; }
   void copy_8(void* to, const void* from) {
     std::memcpy(to, &kPending, 8);
@@ -298,6 +300,7 @@ extern "C" bool run_planner(const fi::PlanKernelParams* params, int num_ctas, in
     for (auto& bits : memory.bits) bits.resize(num_threads);
     for (auto& lanes : memory.lanes) lanes.resize(num_threads);
     memory.marks.assign(num_threads, 0x7bcdef);
+    memory.tile_costs.assign(4 * num_threads, 0x7bcdef);
     Fibers fibers{num_threads, std::min(num_threads, FiberBlock::kWarp), 0, is_descending};
     fibers.body = [&](int thread) {
       FiberBlock block(fibers, memory, thread, cta, num_ctas);

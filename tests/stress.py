@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from cases import STALE
-from forest_steps import arrivals_of
+from forest_steps import handed_over
 from torch import Tensor
 
 import fi_backend as fi
@@ -199,7 +199,7 @@ class Stress:
             self.worst.copy_(torch.maximum(self.worst, difference.nan_to_num(torch.inf).max()))
         for planner in (self.planner, self.other):
             self.dirty += planner.slot(0).arrivals.count_nonzero()
-        for counter in map(arrivals_of, self.planner.forests):
+        for counter in map(handed_over, self.planner.forests):
             if counter is not None:
                 self.dirty += counter.count_nonzero()
 

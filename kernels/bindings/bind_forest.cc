@@ -61,7 +61,6 @@ void bind_forest(py::module_& m) {
   def_pointer(params, "kv_len", &ForestKernelParams::kv_len);
   def_pointer(params, "scratch", &ForestKernelParams::scratch);
   def_pointer(params, "branches", &ForestKernelParams::branches);
-  def_pointer(params, "arrivals", &ForestKernelParams::arrivals);
   def_pointer(params, "forest", &ForestKernelParams::forest);
   def_pointer(params, "totals", &ForestKernelParams::totals);
   params.def(py::init(&make_params), py::arg("capacity"))

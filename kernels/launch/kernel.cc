@@ -6,9 +6,9 @@ namespace fi::launch {
 namespace {
 
 // Shared memory that any kernel may use is 48 KB; more has to be asked for. What a kernel declares
-// statically counts too: a few KB are left for it. Source: CUDA C++ Programming Guide, compute
+// statically counts too: 16 KB are left for it. Source: CUDA C++ Programming Guide, compute
 // capabilities 7.x and later.
-constexpr int32_t kSharedBytesWithoutOptIn = 40 << 10;
+constexpr int32_t kSharedBytesWithoutOptIn = 32 << 10;
 // Grids overlap from sm_90 on. Older drivers refuse to capture such launches in a graph.
 constexpr int32_t kOverlapMajor = 9, kOverlapDriver = 12030;
 constexpr int32_t kAllOfSharedMemory = 100;  // CU_SHAREDMEM_CARVEOUT_MAX_SHARED

@@ -165,7 +165,7 @@ def test_counters_that_were_lost_are_cleared(device: str) -> None:
     layer = make_layer(REPEATED, problem, None, Place(device, sharing_capacity("drafts")))
     assert isinstance(layer, PlannedLayer)
     first = run_layer(layer, REPEATED, problem, device)
-    for memory in (layer.planner.workspace.arrivals, layer.planner.forests[0]._arrivals):
+    for memory in (layer.planner.workspace.arrivals, layer.planner.forests[0]._branches):
         memory.fill_(0x55555555)
     layer.planner.clear_counters()
     again = run_layer(layer, REPEATED, problem, device)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forest_steps import FILL, Step, arrivals_of, random_step, serving_step
+from forest_steps import FILL, Step, handed_over, random_step, serving_step
 from stress import capture
 
 from fi_backend import Capacity, PagedBatch
@@ -47,8 +47,8 @@ class Finder:
             for name, array in wanted.items():
                 np.testing.assert_array_equal(arrays[name], array, err_msg=f"{step.name}: {name}")
             raise AssertionError(f"{step.name}: {np.flatnonzero(expected != got)[:8]}")
-        arrivals = arrivals_of(self.forest)
-        assert arrivals is None or int(arrivals) == 0, f"{step.name}: {int(arrivals)} arrivals"
+        left = handed_over(self.forest)
+        assert left is None or not left.any(), f"{step.name}: branches left"
 
     def run(self, step: Step) -> None:
         """Search once, over FILL, and check."""

@@ -75,7 +75,7 @@ def test_the_driver_starts_once_and_again_after_a_failure(fake_folder: Path) -> 
     ("shared", "attributes"),
     [
         (0, []),
-        (40960, ["cuFuncSetAttribute 9 64"]),  # hexadecimal: all of shared memory, 100 percent
+        (32768, ["cuFuncSetAttribute 9 64"]),  # hexadecimal: all of shared memory, 100 percent
         # What the kernel declares itself may make these more than the 48 KB that need no asking.
         (40961, ["cuFuncSetAttribute 8 a001", "cuFuncSetAttribute 9 64"]),
     ],

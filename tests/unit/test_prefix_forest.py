@@ -14,7 +14,7 @@ from fi_backend import Capacity, InvalidInput, PagedBatch, PageTable, prefix_for
 from fi_backend.jit.nvrtc import compile_cubin
 from fi_backend.plan_records import NODES_DECLINED
 
-LAUNCHES = [(1, False), (4, True), (32, False), (64, True)]
+LAUNCHES = [(4, False), (8, True), (32, False), (64, True)]
 
 
 @pytest.fixture(scope="module")

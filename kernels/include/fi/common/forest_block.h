@@ -3,7 +3,7 @@
 
 #include "fi/common/forest.h"
 #include "fi/common/planner_block.h"
-#include "fi/ptx/arrive.h"
+#include "fi/ptx/handover.h"
 
 namespace fi::forest {
 
@@ -11,7 +11,6 @@ template <int32_t kThreads>
 struct BlockMemory {
   planner::BlockMemory<kThreads, false> scans;
   int32_t smallest[2][kThreads / 32];
-  int32_t is_last;
 };
 
 template <int32_t kThreads>
@@ -32,22 +31,27 @@ class CudaBlock : public planner::CudaBlock<kThreads, true, false> {
     return value;
   }
 
-  __device__ bool any(bool is_set) const { return __syncthreads_or(is_set) != 0; }
-  __device__ void sync_warp() const { __syncwarp(); }
-
-  // What another CTA of this launch wrote.
-  __device__ Branch load(const Branch* from) const {
-    const int2 words = __ldcg(reinterpret_cast<const int2*>(from));
-    return {words.x, words.y};
+  // The lowest lane of the warp with the same number.
+  __device__ int32_t first_equal(uint64_t number) const {
+    return __ffs(static_cast<int32_t>(__match_any_sync(~0u, number))) - 1;
   }
 
-  // True in the last CTA that comes here, which sees what all others wrote before.
-  __device__ bool arrives_last(int32_t* arrivals) const {
-    if (this->thread() == 0) {
-      memory_->is_last = ptx::arrive_last(arrivals, static_cast<int32_t>(gridDim.x));
-    }
-    __syncthreads();
-    return memory_->is_last != 0;
+  __device__ void sync_warp() const { __syncwarp(); }
+
+  // Hands a branch over to the CTA that takes it.
+  __device__ void give(uint64_t* to, const Branch& branch) const {
+    ptx::store_now(to, word_of(branch));
+  }
+
+  // What another CTA of this launch gives, which may not have started: the first to be there waits
+  // for all, and all others go on without it.
+  __device__ Branch take(uint64_t* from) const {
+    uint64_t word;
+    do {
+      word = ptx::load_now(from);
+    } while (word == 0);
+    ptx::store_now(from, 0);
+    return branch_of(word);
   }
 
  private:
@@ -55,8 +59,8 @@ class CudaBlock : public planner::CudaBlock<kThreads, true, false> {
   int32_t turn_ = 0;
 };
 
-// Body of the kernel, for a CTA per request. kInShared: scratch in dynamic shared memory, else at
-// p.scratch.
+// Body of the kernel, for a CTA per request and one more. kInShared: scratch in dynamic shared
+// memory, else at p.scratch.
 template <int32_t kThreads, bool kInShared>
 __device__ void run(const ForestKernelParams& p) {
   extern __shared__ int4 dynamic_shared[];
@@ -66,9 +70,9 @@ __device__ void run(const ForestKernelParams& p) {
   const auto r = static_cast<int32_t>(blockIdx.x);
   if (r < p.num_requests) {
     const Branch branch = Search(p, block, r).find();
-    if (block.thread() == 0) p.branches[r] = branch;
+    if (block.thread() == 0) block.give(p.branches + r, branch);
+    return;
   }
-  if (!block.arrives_last(p.arrivals)) return;
   char* base = kInShared ? reinterpret_cast<char*>(dynamic_shared) : static_cast<char*>(p.scratch);
   const Scratch scratch = scratch_at(p.scratch_layout, base);
   Builder(p, scratch, block).run();

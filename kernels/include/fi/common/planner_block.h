@@ -18,11 +18,13 @@ struct BlockMemory {
   static constexpr int32_t kWarps = kThreads / 32;
   static constexpr int32_t kMostBytes = kHasNodes ? 48 : 32;  // that a warp tells others in a scan
   static constexpr int32_t kMostWords = kHasNodes ? 6 : 2;    // of sums, in whole pairs
+  static constexpr int32_t kTileCosts = 128;                  // of a warp
 
   alignas(16) char warps[2][kWarps * kMostBytes];
   Words<kMostWords> words[3][kWarps + 1];  // see scan_words()
   uint32_t bits[3];
   int32_t marks[kThreads];
+  int32_t tile_costs[kWarps][kTileCosts];
   int32_t parameters[16];
 };
 
@@ -48,6 +50,10 @@ class CudaBlock {
   __device__ char* scratch() const { return base_; }
   __device__ void sync() const { __syncthreads(); }
   __device__ int32_t* marks() const { return memory_->marks; }
+
+  // Room for a warp's row tiles of large requests: num_tile_costs() words.
+  __device__ int32_t* tile_costs() const { return memory_->tile_costs[warp()]; }
+  __device__ static constexpr int32_t num_tile_costs() { return Memory::kTileCosts; }
   // To a word in the scratch of this CTA, to which others add meanwhile.
   __device__ void add(int32_t* to, int32_t value) const { atomicAdd(to, value); }
 

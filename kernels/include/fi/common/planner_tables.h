@@ -67,8 +67,8 @@ class StepTables {
   }
 
  private:
-  // Large requests that a warp spreads, and tiles of one: beyond, all threads together are faster.
-  static constexpr int32_t kMostLarge = 2, kMostTiles = 128;
+  // Large requests that a warp spreads: beyond, all threads together are faster.
+  static constexpr int32_t kMostLarge = 2;
 
   // A KV length as its two words (little-endian), so that nothing waits for the load yet.
   struct RawLength {
@@ -342,8 +342,8 @@ class StepTables {
     return {own, block_.shuffle(large.num_tiles, from)};
   }
 
-  // Costs of large requests, a lane per row tile, where a warp has few of them; returns the lanes
-  // that have one.
+  // Costs of large requests, a lane per row tile, where a warp has few of them: their sums, and in
+  // block_.tile_costs() what precedes each tile in its request; returns the lanes that have one.
   FI_HOST_DEVICE uint32_t add_large(int32_t r0, Requests* requests, int32_t* bits) {
     if constexpr (!kMode.is_narrow) {
       if ((*bits & kLarge) != 0) *bits |= kManyLarge;
@@ -354,24 +354,33 @@ class StepTables {
       const Large own = large_of(r0, *requests);
       int32_t num_large = 0;
       for (const int32_t tiles : requests->num_tiles) num_large += tiles > 1;
-      const bool is_much = num_large > 1 || own.num_tiles > kMostTiles;
-      if (block_.ballot(is_much) != 0 || count_bits(lanes) > kMostLarge) {
-        *bits |= kManyLarge;
-        return 0;
-      }
-      FI_ROLLED for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
+      bool is_much = block_.ballot(num_large > 1) != 0 || count_bits(lanes) > kMostLarge;
+      auto* costs = reinterpret_cast<Cost*>(block_.tile_costs());
+      int32_t num_staged = 0;
+      FI_ROLLED for (uint32_t rest = is_much ? 0 : lanes; rest != 0; rest &= rest - 1) {
         const int32_t from = lowest_bit(rest);
         const Large large = from_lane(own, from);
-        Cost cost = 0;
-        FI_ROLLED for (int32_t t = block_.lane(); t < large.num_tiles; t += block_.num_lanes()) {
-          cost += cost_of_tile(large, t);
+        if (num_staged + large.num_tiles > block_.num_tile_costs()) {
+          is_much = true;
+          break;
         }
-        cost = block_.warp_sum(cost);
+        Cost cost = 0;
+        FI_ROLLED for (int32_t t0 = 0; t0 < large.num_tiles; t0 += block_.num_lanes()) {
+          const int32_t t = t0 + block_.lane();
+          const Cost here = t < large.num_tiles ? cost_of_tile(large, t) : 0;
+          const Cost through = block_.warp_scan(here);
+          if (t < large.num_tiles) costs[num_staged + t] = cost + through - here;
+          cost += static_cast<Cost>(
+              block_.shuffle(static_cast<int32_t>(through), block_.num_lanes() - 1));
+        }
+        num_staged += large.num_tiles;
         for (int32_t i = 0; i < kPerThread; ++i) {
           if (block_.lane() == from && requests->num_tiles[i] > 1) requests->sums[i].cost = cost;
         }
       }
-      return lanes;
+      if (!is_much) return lanes;
+      *bits |= kManyLarge;
+      return 0;
     }
   }
 
@@ -381,36 +390,32 @@ class StepTables {
     return tiles_.sums_of(large.own, c, large.num_tiles, large.num_tiles - 1 - t).cost;
   }
 
-  // Enters the tiles of these lanes' large requests, a lane per row tile. `at`: before the thread.
+  // Enters the tiles of these lanes' large requests, a lane per row tile, at what add_large() found
+  // them to cost. `at`: before the thread.
   FI_HOST_DEVICE void spread_large(uint32_t lanes, int32_t r0, const Requests& requests, Sums at) {
     if constexpr (kMode.is_narrow) {
-      const Large own = large_of(r0, requests);
-      int32_t own_number = 0, own_first = 0, own_cost = 0;
+      int32_t own_number = 0, own_first = 0, own_cost = 0, own_tiles = 0;
       for (int32_t i = 0; i < kPerThread; ++i) {
         if (requests.num_tiles[i] > 1) {
           own_number = r0 + i;
           own_first = at.tiles;
           own_cost = static_cast<int32_t>(at.cost);
+          own_tiles = requests.num_tiles[i];
         }
         at += requests.sums[i];
       }
+      auto* costs = reinterpret_cast<const Cost*>(block_.tile_costs());
       FI_ROLLED for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
         const int32_t from = lowest_bit(rest);
-        const Large large = from_lane(own, from);
+        const int32_t num_tiles = block_.shuffle(own_tiles, from);
         const int32_t r = block_.shuffle(own_number, from);
         const int32_t first = block_.shuffle(own_first, from);
-        Cost before = static_cast<Cost>(block_.shuffle(own_cost, from));
-        FI_ROLLED for (int32_t t0 = 0; t0 < large.num_tiles; t0 += block_.num_lanes()) {
-          const int32_t t = t0 + block_.lane();
-          const Cost cost = t < large.num_tiles ? cost_of_tile(large, t) : 0;
-          const Cost through = block_.warp_scan(cost);
-          if (t < large.num_tiles) {
-            s.tile_request[first + t] = r;
-            s.cost[first + t] = before + through - cost;
-          }
-          before += static_cast<Cost>(
-              block_.shuffle(static_cast<int32_t>(through), block_.num_lanes() - 1));
+        const auto before = static_cast<Cost>(block_.shuffle(own_cost, from));
+        FI_ROLLED for (int32_t t = block_.lane(); t < num_tiles; t += block_.num_lanes()) {
+          s.tile_request[first + t] = r;
+          s.cost[first + t] = before + costs[t];
         }
+        costs += num_tiles;
       }
     }
   }

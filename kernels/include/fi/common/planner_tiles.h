@@ -42,13 +42,19 @@ class TileRules {
     return c;
   }
 
+  // All entries are read, by addresses known to the compiler: it would select the address.
   template <class T>
   FI_HOST_DEVICE static T pick(const T (&values)[kMaxTileClasses], int32_t c) {
-    T value = values[0];
+    using Words = WordsOf<T>;
+    Words value = __builtin_bit_cast(Words, values[0]);
     for (int32_t i = 1; i < kMode.num_classes; ++i) {
-      if (c == i) value = values[i];
+      const Words other = __builtin_bit_cast(Words, values[i]);
+      for (uint32_t w = 0; w < Words::kCount; ++w) {
+        const uint32_t word = as_read(other.at[w]);
+        if (c == i) value.at[w] = word;
+      }
     }
-    return value;
+    return __builtin_bit_cast(T, value);
   }
 
   FI_HOST_DEVICE int32_t packed_rows(int32_t q_len) const { return q_len * p.tiling.group.value; }

@@ -122,22 +122,22 @@ struct PendingUnits {
     to.unit = item.unit;
     to.request = item.request;
     ptx::cp_async_4(ptx::shared_address(&to.expected), &plan.units[item.unit].expected);
+    ptx::cp_async_4(ptx::shared_address(&to.num_rows), &plan.units[item.unit].num_rows);
   }
 };
 
 // Where a CTA has one state at a time to announce, of few rows: announces an item's partial state
 // to its merge unit, and merges that if no state of it is missing.
 template <class S, class V, class Classes>
-__device__ void arrive_and_merge_one(const KernelParams& p, const WorkItem& item,
-                                     CompletedUnits& done) {
+__device__ void arrive_and_merge_one(const KernelParams& p, const WorkItem& item, int& is_done) {
   MergeJob job;
   look_up<S, Classes>(p, item.unit, item.request, job);
   __syncthreads();  // the state is written
   if (ptx::thread_index() == 0) {
-    done.count = ptx::arrive_last(p.arrivals + item.unit, job.unit.expected);
+    is_done = ptx::arrive_last(p.arrivals + item.unit, job.unit.expected);
   }
   __syncthreads();
-  if (done.count > 0) merge_unit<S, V, Classes>(p, job);
+  if (is_done) merge_unit<S, V, Classes>(p, job);
 }
 
 // Of the threads of a warp whose units are complete, the first `most`; every CTA counts from
@@ -163,14 +163,13 @@ constexpr uint32_t kMostWait = 15000;
 // claims: CTAs that have done their span look for a while whether units that they announced are
 // complete, and claim some, each from another one on.
 //
-// kJobsAt: where shared memory is free past what unit(i) reads.
-template <class S, class V, class Classes, int kJobsAt, class Unit>
+// kAreaAt: where shared memory is free past what unit(i) reads.
+template <class S, class V, class Classes, int kAreaAt, class Unit>
 __device__ void arrive_and_merge(const KernelParams& p, const Unit& unit, int count,
-                                 bool is_of_node, bool is_last, char* smem, CompletedUnits& done) {
+                                 bool is_of_node, bool is_last, char* smem) {
   static_assert(Classes::kMaxRows <= Classes::kThreads, "a thread for each row");
   const int x = static_cast<int>(ptx::thread_index());
-  auto* slots = reinterpret_cast<int*>(ptx::here(smem));  // of the jobs to do
-  auto* jobs = reinterpret_cast<MergeJob*>(ptx::here(smem) + kJobsAt);
+  auto& area = *reinterpret_cast<MergeArea<Classes>*>(ptx::here(smem) + kAreaAt);
   const bool has_nodes = __ldg(&plan_of(p).header->num_nodes) > 0;
   __syncthreads();  // the states are written, the pending units complete
   // A state is announced once: that of a node item for all rows of a unit, of request items each.
@@ -189,22 +188,17 @@ __device__ void arrive_and_merge(const KernelParams& p, const Unit& unit, int co
                                        : ptx::arrive(counter) == own.expected);
   const int other = (x + Classes::kThreads / 2) % Classes::kThreads;
   if (begins(other)) {
-    look_up<S, Classes>(p, unit(other).unit, unit(other).request, jobs[other]);
+    look_up<S, Classes>(p, unit(other).unit, unit(other).request, area.jobs[other]);
   }
   while (true) {
-    if (x == 0) done.count = done.most_rows = 0;
-    __syncthreads();
-    if (is_complete_and_mine<S>(is_complete, most)) {
-      if (takes || ptx::claim(counter, own.expected)) {
-        slots[atomicAdd(&done.count, 1)] = x;
-        atomicMax(&done.most_rows, jobs[x].unit.num_rows);
-      }
-      is_open = is_complete = false;
-    }
+    const bool is_mine = is_complete_and_mine<S>(is_complete, most);
+    area.done.list(is_mine && (takes || ptx::claim(counter, own.expected)), own.num_rows);
+    if (is_mine) is_open = is_complete = false;
     takes = false;
     __syncthreads();
-    if (done.count > 0) {
-      merge_units<S, V, Classes>(p, done, slots, jobs);
+    const auto all = area.done.all();
+    if (all.count > 0) {
+      merge_units<S, V, Classes>(p, area, all);
       most = min_int(2 * most, 32);
     }
     if (!has_nodes) return;
@@ -243,13 +237,13 @@ __device__ void run_items(const KernelParams& p) {
   using Classes = TileClasses<Tiles...>;
   char* const smem = dynamic_shared<(kByWarpgroups<S, Tiles> || ...)>();
   CurrentItem& current = current_item();
-  __shared__ CompletedUnits done;
+  __shared__ int is_done;
   __shared__ PendingUnits pending;
-  static_assert(sizeof(current) + sizeof(done) + sizeof(pending) <= kStaticBytes);
+  static_assert(sizeof(current) + sizeof(is_done) + sizeof(pending) <= kStaticBytes);
   constexpr bool kArrivesOne = S::kDecodes && Classes::kMaxRows == 16;
-  constexpr int kJobsAt = most_of(kShared<S, Tiles>.stages...);
-  static_assert(kArrivesOne || kJobsAt + Classes::kThreads * sizeof(MergeJob) <=
-                                   most_of(kShared<S, Tiles>.bytes...));
+  constexpr int kAreaAt = most_of(kShared<S, Tiles>.stages...);
+  static_assert(kArrivesOne ||
+                kAreaAt + sizeof(MergeArea<Classes>) <= most_of(kShared<S, Tiles>.bytes...));
   prefetch_item(plan_of(p).first_items + blockIdx.x, current);  // before it is known to exist
   const int first = __ldg(plan_of(p).cta_ptr + blockIdx.x);
   const int end = __ldg(plan_of(p).cta_ptr + blockIdx.x + 1);
@@ -286,12 +280,12 @@ __device__ void run_items(const KernelParams& p) {
     is_last = current.left == 0;
     const bool is_of_node = item.partial_row >= 0 && item.request < 0;
     if constexpr (kArrivesOne) {
-      if (item.partial_row >= 0) arrive_and_merge_one<S, V, Classes>(p, item, done);
+      if (item.partial_row >= 0) arrive_and_merge_one<S, V, Classes>(p, item, is_done);
     } else {
       const int count = is_of_node ? item.num_rows : pending.count;
       if (is_of_node || count == pending.kMost || (is_last && count > 0)) {
         const auto unit = [&](int i) { return is_of_node ? places(smem, i) : pending.units[i]; };
-        arrive_and_merge<S, V, Classes, kJobsAt>(p, unit, count, is_of_node, is_last, smem, done);
+        arrive_and_merge<S, V, Classes, kAreaAt>(p, unit, count, is_of_node, is_last, smem);
         if (ptx::thread_index() == 0) pending.count = 0;  // of a node item, too: requests follow
       }
     }

@@ -36,11 +36,18 @@ __device__ inline float scale_of(const DeviceScale& s, int32_t kv_head) {
   return s.data ? s.data[s.per_head ? kv_head : 0] : 1.0f;
 }
 
+// Positions and lengths of an item's rows.
+struct RowBox {
+  int32_t q_pos_min, q_pos_max;
+  int32_t q_len_min, q_len_max;
+  int32_t kv_len_min, kv_len_max;
+};
+
 // What a CTA works on, and what comes next. It lies in shared memory: the main loop has no register
 // left for it.
 struct CurrentItem {
   WorkItem item;
-  VariantBox box;        // positions, lengths and heads of the item's rows
+  RowBox box;
   const int32_t* pages;  // the item's row of the page table
   WorkItem next;         // on its way while the item is computed
   int32_t end;           // of the CTA's items in the plan
@@ -67,19 +74,15 @@ __device__ inline void prefetch_item(const WorkItem* item, CurrentItem& current)
 
 // The box of a request item's rows, which ascend.
 template <class S>
-__device__ inline VariantBox box_of(const WorkItem& item) {
+__device__ inline RowBox box_of(const WorkItem& item) {
   const int first = item.row_begin / S::kGroupSize;
   const int last = (item.row_begin + item.num_rows - 1) / S::kGroupSize;
   return {item.q_pos_begin + first,
           item.q_pos_begin + last,
-          0,
-          0,
           item.q_len,
           item.q_len,
           item.kv_len,
-          item.kv_len,
-          0,
-          0};
+          item.kv_len};
 }
 
 // Tokens between positions where items of a prefix begin: a multiple of all KV tiles, less than
@@ -122,7 +125,7 @@ __device__ inline void advance_item(const KernelParams& p, CurrentItem& current)
     current.left -= 1;
     const int kv_head = current.next.kv_head;
     current.scale = p.scale * scale_of(p.q_scale, kv_head) * scale_of(p.k_scale, kv_head);
-    current.box = {kHigh, kLow, 0, 0, kHigh, kLow, kHigh, kLow, 0, 0};
+    current.box = {kHigh, kLow, kHigh, kLow, kHigh, kLow};
     if (S::kDecodes || current.next.request >= 0) current.box = box_of<S>(current.next);
   }
 }
@@ -133,7 +136,7 @@ constexpr bool kAsksLengths = V::kHasLogits || V::kHasMasks || V::Outputs::kCoun
 
 // Extends the box by a row of each thread of `lanes`, which are of one warp.
 template <class V>
-__device__ inline void extend_box(uint32_t lanes, const VariantRow& row, VariantBox& box) {
+__device__ inline void extend_box(uint32_t lanes, const VariantRow& row, RowBox& box) {
   const auto extend = [&](int32_t value, int32_t& least, int32_t& most) {
     const int32_t low = __reduce_min_sync(lanes, value), high = __reduce_max_sync(lanes, value);
     if (ptx::thread_index() % 32 != 0) return;
@@ -181,7 +184,7 @@ __device__ inline void load_rows(const KernelParams& p, CurrentItem& current, Va
 // A merge unit that an item announces its partial state to.
 struct ArrivingUnit {
   int32_t unit, request;
-  int32_t expected;  // MergeUnit's
+  int32_t expected, num_rows;  // MergeUnit's
 };
 
 // Where a node item keeps the merge unit of each row until it is done: in what pads the rows of its
@@ -214,7 +217,8 @@ __device__ inline void load_units(const KernelParams& p, const WorkItem& item,
       (rows[x].token - r.qo_begin) * S::kGroupSize + (item.row_begin + x) % S::kGroupSize;
   const int unit =
       r.unit_base + item.kv_head * r.num_tiles + (packed >> Classes::log_rows(r.tile_class));
-  unit_places<S, T>()(smem, x) = {unit, request, plan.units[unit].expected};
+  const MergeUnit& of_row = plan.units[unit];
+  unit_places<S, T>()(smem, x) = {unit, request, of_row.expected, of_row.num_rows};
 }
 
 // 16 bytes of a row to shared memory; zeros and no access when !valid. Unaligned rows are read

@@ -241,11 +241,13 @@ class WarpLoop {
 
   __device__ MaskKind mask_kind(int kv_begin, int kv_end) const {
     if constexpr (V::kHasMasks) {
-      VariantBox box = current_.box;
-      box.kv_pos_min = kv_begin;
-      box.kv_pos_max = min_i32(kv_begin + T::kKvTile, kv_end) - 1;
-      box.q_head_min = current_.item.kv_head * S::kGroupSize;
-      box.q_head_max = box.q_head_min + S::kGroupSize - 1;
+      const RowBox& rows = current_.box;
+      const int first_head = current_.item.kv_head * S::kGroupSize;
+      const VariantBox box = {rows.q_pos_min,  rows.q_pos_max,
+                              kv_begin,        min_i32(kv_begin + T::kKvTile, kv_end) - 1,
+                              rows.q_len_min,  rows.q_len_max,
+                              rows.kv_len_min, rows.kv_len_max,
+                              first_head,      first_head + S::kGroupSize - 1};
       return mask_kind_of_box(typename V::Masks{}, p_, box);
     }
     return MaskKind::kFull;

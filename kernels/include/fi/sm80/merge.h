@@ -137,9 +137,53 @@ __device__ inline void add_all_states(const KernelParams& p, const InNode& in_no
   }
 }
 
-// How many merge units a CTA completed at once, and the rows of the largest.
-struct CompletedUnits {
+// Merge units that a CTA completed at once, and the rows of the largest.
+template <int kWarps>
+struct Completed {
   int count, most_rows;
+  int skipped[kWarps - 1];  // slots without a unit, up to each warp
+  int ends[kWarps - 1];     // units up to each warp
+
+  // Place in CompletedUnits::slots of unit number `index`.
+  __device__ int slot(int index) const {
+    int slot = index;
+#pragma unroll
+    for (int w = 0; w < kWarps - 1; ++w) {
+      if (index >= ends[w]) slot = index + skipped[w];
+    }
+    return slot;
+  }
+};
+
+// The same, as each warp lists its own; between two lists all threads pass a barrier.
+template <int kWarps>
+struct CompletedUnits {
+  int count[kWarps], most_rows[kWarps];
+  int slots[32 * kWarps];  // from each warp's first on: threads that took a unit
+
+  __device__ void list(bool takes, int num_rows) {
+    const int x = static_cast<int>(ptx::thread_index());
+    const uint32_t taken = __ballot_sync(0xffffffff, takes);
+    const int rows = __reduce_max_sync(0xffffffff, takes ? num_rows : 0);
+    if (takes) slots[x / 32 * 32 + __popc(taken & ((1u << x % 32) - 1))] = x;
+    if (x % 32 == 0) {
+      count[x / 32] = __popc(taken);
+      most_rows[x / 32] = rows;
+    }
+  }
+
+  __device__ Completed<kWarps> all() const {
+    Completed<kWarps> sum{};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      sum.count += count[w];
+      sum.most_rows = max_int(sum.most_rows, most_rows[w]);
+      if (w == kWarps - 1) break;
+      sum.ends[w] = sum.count;
+      sum.skipped[w] = 32 * (w + 1) - sum.count;
+    }
+    return sum;
+  }
 };
 
 // Merges row `row` of a unit: this lane's part of it. kOneWidth: lanes take kMaxQuads, never fewer.
@@ -185,24 +229,32 @@ __device__ inline void merge_unit(const KernelParams& p, const MergeJob& job) {
   }
 }
 
-// Merges the units that a CTA completed: jobs at `slots`.
+// Where shared memory is free of what tells an item's units: their jobs, a thread each.
+template <class Classes>
+struct MergeArea {
+  MergeJob jobs[Classes::kThreads];
+  CompletedUnits<Classes::kThreads / 32> done;
+};
+
+// Merges the units that a CTA completed.
 template <class S, class V, class Classes>
-__device__ inline void merge_units(const KernelParams& p, const CompletedUnits& done,
-                                   const int* slots, const MergeJob* jobs) {
+__device__ inline void merge_units(const KernelParams& p, const MergeArea<Classes>& area,
+                                   const Completed<Classes::kThreads / 32>& all) {
   constexpr int kThreads = Classes::kThreads;
   // Few rows have many splits and lanes enough for all their components. Many rows have few splits,
   // and what is worked out once for a row counts: weights, the address of its output. So it does in
   // kernels with tiles of 128 rows, but a third width of the sums would add a fifth to the time
   // that those, the largest of all, take to compile.
   constexpr int kMaxQuads = Classes::kMaxRows == 64 ? 8 : 4;
-  const int most_rows = done.most_rows, num_rows = done.count * most_rows;
+  const int most_rows = all.most_rows, num_rows = all.count * most_rows;
   RowShare share = share_rows<S, kThreads, kMaxQuads>();
   if (kMaxQuads > 4 && num_rows <= 16) share = share_rows<S, kThreads, 4>();
   if (are_few<S, kThreads>(num_rows)) share = share_rows<S, kThreads, 1>();
   for (int at = share.row; at < num_rows; at += share.rows_at_once) {
     const uint32_t index = static_cast<uint32_t>(at) / static_cast<uint32_t>(most_rows);
     const int row = at - static_cast<int>(index) * most_rows;
-    merge_row<S, V, Classes, false, kMaxQuads>(p, jobs[slots[index]], row, share);
+    merge_row<S, V, Classes, false, kMaxQuads>(p, area.jobs[area.done.slots[all.slot(index)]], row,
+                                               share);
   }
 }
 

@@ -1,0 +1,141 @@
+"""Tile tables tried on a GPU: our attention with other tiles, stages and costs, beside its own.
+
+A table is text, entries by comma, each in place of the class of as many rows:
+ROWSxKV_TILExSTAGES:FIXED/TILE, such as "16x64x3:290/150,128x64x2:600/320"; "own" is the table as it
+is. All tables of a run take turns on each workload.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import fi_backend as fi
+from e2e_bench import graph_timing, kernels
+from e2e_bench.correctness import Reference
+from e2e_bench.gpu_data import Data, make_pool
+from e2e_bench.impls import make_planner
+from e2e_bench.run_log import RunLog
+from fi_backend import _core
+
+OWN = "own"
+_ENTRY = re.compile(r"(\d+)x(\d+)x(\d+):(\d+)/(\d+)")
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a kernel is made of and planned with; the fields of _core.KernelTiles."""
+
+    classes: list[_core.TileClass]
+    stages: list[int]
+    warps: int
+    ctas_per_sm: int
+
+
+@dataclass(frozen=True)
+class Change:
+    """Classes in place of those with as many rows.
+
+    Attributes:
+        text: that named them.
+        classes: of each number of rows: class and stages.
+    """
+
+    text: str
+    classes: dict[int, tuple[_core.TileClass, int]]
+
+    @classmethod
+    def parse(cls, text: str) -> Change:
+        """Return the change that a text names.
+
+        Raises:
+            ValueError: it is not of the form above.
+        """
+        classes = {}
+        for entry in [] if text == OWN else text.split(","):
+            match = _ENTRY.fullmatch(entry)
+            if match is None:
+                raise ValueError(f"expected ROWSxKV_TILExSTAGES:FIXED/TILE, got {entry!r}")
+            rows, kv_tile, stages, fixed, tile = map(int, match.groups())
+            classes[rows] = (_core.TileClass(rows, kv_tile, fixed, tile), stages)
+        return cls(text, classes)
+
+    def of(self, table: Any) -> Table:
+        """Return the table changed."""
+        pairs = [
+            self.classes.get(one.rows, (one, stages))
+            for one, stages in zip(table.classes, table.stages, strict=True)
+        ]
+        classes, stages = map(list, zip(*pairs, strict=True))
+        return Table(classes, stages, table.warps, table.ctas_per_sm)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Planners that are built meanwhile are of the changed table."""
+        own = _core.sm80_tiles
+        _core.sm80_tiles = lambda *shape: self.of(own(*shape))  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            _core.sm80_tiles = own  # type: ignore[assignment]
+
+
+def run(texts: Sequence[str], only: Sequence[str], levels: int | None, quick: bool) -> int:
+    """Run the tables on the workloads named; return the exit status.
+
+    Args:
+        texts: tables.
+        only: words in the names of workloads.
+        levels: of prefixes that planners have room for; None: as many as the workload has.
+        quick: three repeats instead of ten.
+    """
+    device, log = torch.device("cuda", torch.cuda.current_device()), RunLog()
+    changes = [Change.parse(text) for text in texts]
+    workloads = kernels.chosen_workloads(only)
+    pool = make_pool(workloads, device)
+    print(f"{'µs, median':20}", *(change.text for change in changes), sep=" | ", flush=True)
+    for workload in workloads:
+        data = Data(workload, pool)
+        reference = Reference(data)
+        calls = graph_timing.calls_per_graph(len(data.layers), workload.floor_us)
+        graphs = {}
+        for change in changes:
+            with log.attempt(workload.name, change.text), change.applied():
+                planner = make_planner(workload, device, levels)
+                planner.plan(data.batch)
+                call = _call(planner, data)
+                call.run(0)
+                ratio = reference.error_ratio(call.out)
+                if not ratio <= 2:
+                    raise AssertionError(f"error ratio: expected at most 2, got {ratio}")
+                graphs[change.text] = graph_timing.record(call.run, len(data.layers), calls)
+        times = graph_timing.time_in_turns(graphs, 3 if quick else 10)
+        cells = [
+            f"{sorted(times[c.text])[len(times[c.text]) // 2]:.2f}" if c.text in times else "–"
+            for c in changes
+        ]
+        print(f"{workload.name:20}", *cells, sep=" | ", flush=True)
+        if log.device_is_lost:
+            break
+    return log.finish()
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    slot: fi.PlanSlot
+    data: Data
+    caches: list[fi.KvCacheView]
+    out: torch.Tensor
+
+    def run(self, layer: int) -> None:
+        fi.attention(self.slot, self.data.q, self.caches[layer], out=self.out)
+
+
+def _call(planner: fi.StepPlanner, data: Data) -> _Call:
+    caches = [fi.KvCacheView.nhd(k, v) for k, v in data.layers]
+    return _Call(planner.slot(0), data, caches, data.new_out())
