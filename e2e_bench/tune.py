@@ -1,8 +1,9 @@
 """Tile tables tried on a GPU: our attention with other tiles, stages and costs, beside its own.
 
 A table is text, entries by comma, each in place of the class of as many rows:
-ROWSxKV_TILExSTAGES:FIXED/TILE, such as "16x64x3:290/150,128x64x2:600/320"; "own" is the table as it
-is. All tables of a run take turns on each workload.
+ROWSxKV_TILExSTAGES:FIXED/COST, such as "16x64x3:290/150,128x64x2:600/320"; "own" is the table as it
+is. @TOKENS at the end of an entry: cuts are at multiples of as many, of which each costs COST. All
+tables of a run take turns on each workload.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from e2e_bench.correctness import Reference
 from e2e_bench.gpu_data import Data, make_pool
 from e2e_bench.impls import make_planner
 from e2e_bench.run_log import RunLog
-from fi_backend import _core
+from fi_backend import _core, class_plans
 
 OWN = "own"
-_ENTRY = re.compile(r"(\d+)x(\d+)x(\d+):(\d+)/(\d+)")
+_ENTRY = re.compile(r"(\d+)x(\d+)x(\d+):(\d+)/(\d+)(?:@(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,12 @@ class Change:
     Attributes:
         text: that named them.
         classes: of each number of rows: class and stages.
+        steps: of each number of rows: its class as plans cut it.
     """
 
     text: str
     classes: dict[int, tuple[_core.TileClass, int]]
+    steps: dict[int, _core.TileClass]
 
     @classmethod
     def parse(cls, text: str) -> Change:
@@ -56,14 +59,15 @@ class Change:
         Raises:
             ValueError: it is not of the form above.
         """
-        classes = {}
+        classes, steps = {}, {}
         for entry in [] if text == OWN else text.split(","):
             match = _ENTRY.fullmatch(entry)
             if match is None:
-                raise ValueError(f"expected ROWSxKV_TILExSTAGES:FIXED/TILE, got {entry!r}")
-            rows, kv_tile, stages, fixed, tile = map(int, match.groups())
-            classes[rows] = (_core.TileClass(rows, kv_tile, fixed, tile), stages)
-        return cls(text, classes)
+                raise ValueError(f"expected ROWSxKV_TILExSTAGES:FIXED/COST, got {entry!r}")
+            rows, kv_tile, stages, fixed, cost = map(int, match.groups()[:5])
+            classes[rows] = (_core.TileClass(rows, kv_tile, fixed, cost), stages)
+            steps[rows] = _core.TileClass(rows, int(match[6] or kv_tile), fixed, cost)
+        return cls(text, classes, steps)
 
     def of(self, table: Any) -> Table:
         """Return the table changed."""
@@ -77,12 +81,18 @@ class Change:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Planners that are built meanwhile are of the changed table."""
-        own = _core.sm80_tiles
+        own, own_classes = _core.sm80_tiles, class_plans._tile_classes
+
+        def planned(*args: Any) -> list[_core.TileClass]:
+            return [self.steps.get(one.rows, one) for one in own_classes(*args)]
+
         _core.sm80_tiles = lambda *shape: self.of(own(*shape))  # type: ignore[assignment]
+        class_plans._tile_classes = planned
         try:
             yield
         finally:
             _core.sm80_tiles = own  # type: ignore[assignment]
+            class_plans._tile_classes = own_classes
 
 
 def run(texts: Sequence[str], only: Sequence[str], levels: int | None, quick: bool) -> int:

@@ -82,9 +82,7 @@ class PlanConfig:
     def layout(self) -> PlanLayout: ...
 
 def cpu_tile_classes() -> list[TileClass]: ...
-
-NODE_FIXED: int
-
+def node_fixed(rows: int) -> int: ...
 def make_plan(
     config: PlanConfig,
     layout: PlanLayout,

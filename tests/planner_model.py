@@ -174,8 +174,8 @@ def unit_of(step: Step, plan: Plan, item: Any, row: tuple[int, int, int]) -> int
 
 
 def item_cost(step: Step, item: Any) -> int:
-    _, kv_tile, c_fixed, c_tile = step.classes[item["tile_class"]]
-    c_fixed += _core.NODE_FIXED if item["request"] < 0 else 0
+    rows, kv_tile, c_fixed, c_tile = step.classes[item["tile_class"]]
+    c_fixed += _core.node_fixed(rows) if item["request"] < 0 else 0
     if item["kv_end"] <= item["kv_begin"]:
         return c_fixed
     tiles = -(-int(item["kv_end"]) // kv_tile) - int(item["kv_begin"]) // kv_tile

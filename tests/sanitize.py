@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -114,9 +115,11 @@ def main() -> None:
     parser.add_argument("--evidence", type=Path, help="folder or JSON file for the figures")
     arguments = parser.parse_args()
     results = {}
-    for tool in arguments.tools.split(","):
-        results[tool], line = judge(tool)
-        print(line, flush=True)
+    tools = arguments.tools.split(",")
+    with ThreadPoolExecutor(len(tools)) as pool:  # they do not wait for each other
+        for tool, (figures, line) in zip(tools, pool.map(judge, tools), strict=True):
+            results[tool] = figures
+            print(line, flush=True)
     if arguments.evidence:
         sys.path.append(str(TESTS.parent))
         import gpu_evidence

@@ -187,7 +187,7 @@ def _bars(arrays: dict[str, Any], classes: Any) -> tuple[Bar, ...]:
             hole = int(item["hole_end"]) - int(item["hole_begin"])
             tiles = -(-end // tile.kv_tile) - begin // tile.kv_tile - hole // tile.kv_tile
             cost = tile.c_fixed + tile.c_tile * (tiles if end > begin else 0)
-            cost += _core.NODE_FIXED if int(item["request"]) < 0 else 0
+            cost += _core.node_fixed(tile.rows) if int(item["request"]) < 0 else 0
             partial = int(item["partial_row"]) >= 0
             bars.append(
                 Bar(cta, clock, clock + cost, int(item["request"]), partial, end - begin - hole)

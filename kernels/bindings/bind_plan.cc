@@ -122,7 +122,7 @@ void bind_plan(py::module_& m) {
   bind_records(m);
   bind_config(m);
   m.def("cpu_tile_classes", &host::cpu_tile_classes);
-  m.attr("NODE_FIXED") = kNodeFixed;
+  m.def("node_fixed", &node_fixed, py::arg("rows"));
   m.def("make_plan", &make_plan, py::arg("config"), py::arg("layout"), py::arg("num_requests"),
         py::arg("qo_indptr"), py::arg("kv_len"), py::arg("kv_len_bytes"), py::arg("num_nodes"),
         py::arg("nodes"), py::arg("plan"));

@@ -36,7 +36,7 @@ bool is_narrow(const PlanKernelParams& p) {
   for (int32_t c = 0; c < p.tiling.num_classes; ++c) {
     const TileClass& tc = p.tiling.classes[c];
     const int64_t tiles = (int64_t{p.max_kv_len} + tc.kv_tile - 1) / tc.kv_tile;
-    most = std::max(most, tc.c_fixed + kNodeFixed + tc.c_tile * tiles);
+    most = std::max(most, tc.c_fixed + node_fixed(tc.rows) + tc.c_tile * tiles);
   }
   return most * (max_request_tiles(p) + max_node_tiles(p)) < int64_t{1} << 31;
 }

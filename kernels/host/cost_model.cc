@@ -9,8 +9,8 @@ namespace {
 
 // A row of the sm80 tile table, for heads whose larger dimension is at most `max_head_dim`.
 // Costs are in units of about 9 ns of an H200, where tiles of 64 and 128 rows multiply by
-// warpgroups. Those of head dimension 128 were traced in steps with shared prefixes
-// (docs/notes/2026-11-27-shared-tails.md), the others follow from them or are older.
+// warpgroups. Those of head dimension 128 were traced in steps with shared prefixes, and a tile of
+// 128 rows swept (docs/notes/2026-11-27-merge-chains.md); the others follow from them or are older.
 struct TileRow {
   int32_t max_head_dim;
   int32_t rows, kv_tile, stages;

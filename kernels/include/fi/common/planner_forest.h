@@ -64,7 +64,8 @@ class ForestTables {
     const int32_t c = tiles_.class_of(tiles_.packed_rows(node_.num_tokens));
     place.num_tiles = tiles_.num_tiles(node_.num_tokens, c);
     place.num_tokens = node_.num_tokens;
-    place.tile_cost = tiles_.sums_of_range(c, node_.kv_begin, node_.kv_end).cost + kNodeFixed;
+    place.tile_cost = tiles_.sums_of_range(c, node_.kv_begin, node_.kv_end).cost +
+                      node_fixed(tiles_.tile_class(c).rows);
     sum->node_tiles = place.num_tiles;
     sum->node_cost = place.tile_cost * static_cast<Cost>(place.num_tiles);
     return place;

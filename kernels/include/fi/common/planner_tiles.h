@@ -166,7 +166,8 @@ class TileRules {
   }
 
   FI_HOST_DEVICE Cost fixed_cost(int32_t c, bool is_node) const {
-    return static_cast<Cost>(tile_class(c).c_fixed) + (is_node ? kNodeFixed : 0);
+    const TileClass tc = tile_class(c);
+    return static_cast<Cost>(tc.c_fixed + (is_node ? node_fixed(tc.rows) : 0));
   }
 
   // RowTile::steps_within().

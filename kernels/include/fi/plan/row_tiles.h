@@ -8,8 +8,8 @@
 namespace fi {
 
 // What a node's tile costs more than a request's, in the units of TileClass: its rows are gathered,
-// and its state has many merge units.
-constexpr int32_t kNodeFixed = 300;
+// and its state has many merge units, the more the more rows there are.
+FI_HOST_DEVICE constexpr int32_t node_fixed(int32_t rows) { return 240 + 4 * rows; }
 
 // Whether a cut that leaves this much of a tile's cost moves to the tile's end. To begin the tile
 // again costs c_fixed, which is more; and it is little beside the cost of a span.
@@ -194,7 +194,7 @@ FI_HOST_DEVICE inline RowTile node_row_tile(const PlannedNode& node, const Tilin
   RowTile out = empty_row_tile(tiling, node.tile_class, tile, packed_rows);
   out.kv_begin = node.kv_begin;
   out.kv_end = node.kv_end;
-  out.c_fixed += kNodeFixed;
+  out.c_fixed += node_fixed(tiling.classes[node.tile_class].rows);
   return out;
 }
 

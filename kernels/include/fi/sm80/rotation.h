@@ -29,8 +29,10 @@ class Rotator {
   // and after.
   __device__ void turn(const KvTiles<T::kKvTile>& tiles, int t, uint32_t smem_k) const {
     const Rotation& rotation = p_.rotation;
-    const int begin = tiles.begin(t), end = tiles.end(t);
+    const int begin = tiles.begin(t);
     const bool has_sinks = V::kRolls && begin < rotation.sink_prefix;
+    // Between the leading tokens and a hole: seen by nobody, and perhaps of no slot.
+    const int end = has_sinks ? min_i32(tiles.end(t), rotation.sink_prefix) : tiles.end(t);
     const int base = V::kRolls ? gone_before(current_.box.q_pos_min) : 0;
     if (V::kRolls && t > 0 && t == tiles.before_hole) {
       load_q<S, T>(p_, current_.item.num_rows, rows_, smem_q_);
