@@ -154,14 +154,21 @@ def test_aborted_requests_leave_the_others_right(
     ids=["bf16", "bf16 with an fp8 cache"],
 )
 def test_narrow_dtypes_lose_no_more_than_vllms_own(options: dict[str, str]) -> None:
-    """Rounding changes tokens, so compare every prompt token's log-probability with fp32's."""
+    """Rounding changes tokens, so compare every prompt token's log-probability with fp32's.
+
+    vLLM's own kernel has fp8 caches where the CPU has AVX-512. Elsewhere its bf16 is what ours is
+    compared with: there, e4m3 was seen to lose four times as much.
+    """
+    own, margin = options, 2
+    if "kv_cache_dtype" in options and not torch.cpu._is_avx512_supported():
+        own, margin = {"dtype": "bfloat16"}, 8
     prompts = [random_prompt(900, seed=95), random_prompt(200, seed=96)]
     with Engine("gemma2") as exact:
         truth = exact.prompt_logprobs(prompts)
     errors: dict[str | None, torch.Tensor] = {}
-    for backend in (None, "CUSTOM"):
-        with Engine("gemma2", backend, **options) as engine:
+    for backend, dtypes in ((None, own), ("CUSTOM", options)):
+        with Engine("gemma2", backend, **dtypes) as engine:
             errors[backend] = (engine.prompt_logprobs(prompts) - truth).abs()
     assert adapter.stats().forwards > 0
-    assert errors["CUSTOM"].mean() <= 2 * errors[None].mean()
-    assert errors["CUSTOM"].max() <= 2 * errors[None].max()
+    assert errors["CUSTOM"].mean() <= margin * errors[None].mean()
+    assert errors["CUSTOM"].max() <= margin * errors[None].max()
