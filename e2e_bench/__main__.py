@@ -47,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("jit", help="compiling and launching; partly without a GPU")
     _gpu_options(one, "jit")
     one.add_argument("--arch", default="sm_90a", help="to compile for without a GPU")
+    one = commands.add_parser("all", help="the six above, one after the other, on this GPU")
+    one.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON and of logs")
+    one.add_argument("--impls", type=_impls, default=(), help="as for kernels")
     one = commands.add_parser("tune", help="our attention with other tiles and other costs")
     one.add_argument("tables", nargs="*", default=["own"], help="see e2e_bench/tune.py")
     one.add_argument("--only", type=_words, default=(), help="as for kernels")
@@ -127,47 +130,83 @@ def main(argv: list[str] | None = None) -> int:
         from e2e_bench.serving import matrix
 
         return matrix.run_command(args)
-    return _tune(args) if args.command == "tune" else _run_on_gpu(args)
+    return _run_on_gpu(args)
 
 
 def _run_on_gpu(args: argparse.Namespace) -> int:
     import torch
 
-    if not torch.cuda.is_available() and args.command != "jit":
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu and args.command != "jit":
         print(f"{args.command}: expected a CUDA device, got none", file=sys.stderr)
         return 2
+    if args.command in _WITHOUT_JSON:
+        return _WITHOUT_JSON[args.command](args)
     partial = args.quick or getattr(args, "only", ()) or getattr(args, "impls", ())
-    out = args.out
-    if out is None and not partial and torch.cuda.is_available():
-        out = _default_out(args.command)
-    if out is None:
+    if args.out is None and not partial and has_gpu:
+        args.out = _default_out(args.command)
+    if args.out is None:
         print("no JSON is written: not a whole run on a GPU; --out names a file")
-    if args.command == "plan":
-        from e2e_bench import plan
+    return _WITH_JSON[args.command](args)
 
-        return plan.run(out, args.fa3, args.quick)
-    if args.command in {"sharing", "streaming"}:
-        from e2e_bench import sharing, streaming
 
-        run = sharing.run if args.command == "sharing" else streaming.run
-        return run(out, args.only, args.quick)
-    if args.command == "ops":
-        from e2e_bench import ops
-
-        return ops.run(out, args.quick)
-    if args.command == "jit":
-        from e2e_bench import jit
-
-        return jit.run(out, args.arch, args.quick)
+def _kernels(args: argparse.Namespace) -> int:
     from e2e_bench import kernels
 
-    return kernels.run(kernels.Options(out, args.only, args.impls, args.quick, args.fa3))
+    return kernels.run(kernels.Options(args.out, args.only, args.impls, args.quick, args.fa3))
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from e2e_bench import plan
+
+    return plan.run(args.out, args.fa3, args.quick)
+
+
+def _sharing(args: argparse.Namespace) -> int:
+    from e2e_bench import sharing
+
+    return sharing.run(args.out, args.only, args.quick)
+
+
+def _streaming(args: argparse.Namespace) -> int:
+    from e2e_bench import streaming
+
+    return streaming.run(args.out, args.only, args.quick)
+
+
+def _ops(args: argparse.Namespace) -> int:
+    from e2e_bench import ops
+
+    return ops.run(args.out, args.quick)
+
+
+def _jit(args: argparse.Namespace) -> int:
+    from e2e_bench import jit
+
+    return jit.run(args.out, args.arch, args.quick)
+
+
+def _all(args: argparse.Namespace) -> int:
+    from e2e_bench import everything
+
+    return everything.run(args.out, gpu_slug(gpu_name()), args.impls)
 
 
 def _tune(args: argparse.Namespace) -> int:
     from e2e_bench import tune
 
     return tune.run(args.tables, args.only, args.levels, args.quick)
+
+
+_WITH_JSON = {
+    "kernels": _kernels,
+    "plan": _plan,
+    "sharing": _sharing,
+    "streaming": _streaming,
+    "ops": _ops,
+    "jit": _jit,
+}
+_WITHOUT_JSON = {"all": _all, "tune": _tune}
 
 
 if __name__ == "__main__":
