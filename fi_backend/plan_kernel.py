@@ -16,8 +16,8 @@ from fi_backend.formats import PagedBatch
 from fi_backend.jit.kernels import DeviceKernel, bool_literal, load
 
 # Dynamic shared memory that every architecture from sm_80 on grants to a CTA: 99 KiB on sm_86,
-# sm_89 and sm_120, of which the kernel itself declares up to four.
-MAX_SHARED_BYTES = 95 << 10
+# sm_89 and sm_120, of which the kernel itself declares up to 13.
+MAX_SHARED_BYTES = 86 << 10
 # CTAs where the scratch lies in global memory: each works out all tables in a copy of its own.
 _CTAS_WITH_GLOBAL_SCRATCH = 16
 # A warp for each scheduler of a multiprocessor writes that many in one round; more CTAs would not

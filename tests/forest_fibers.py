@@ -92,11 +92,12 @@ extern "C" bool run_forest(const fi::ForestKernelParams* p, int num_threads, boo
 )
 
 
-def build(folder: Path) -> ctypes.CDLL:
-    """Compile the device code for the CPU."""
+def build(folder: Path, warp: int = 4) -> ctypes.CDLL:
+    """Compile the device code for the CPU, with warps of as many fibers."""
     (folder / "forest.cc").write_text(SOURCE)
     flags = "-std=c++20 -O1 -g -Wall -Wextra -Werror -Wno-missing-field-initializers -fPIC -shared"
     command = [*find_compiler().command, *shlex.split(flags), f"-I{INCLUDE_ROOT}"]
+    command.append(f"-DFIBERS_OF_A_WARP={warp}")
     subprocess.run([*command, "forest.cc", "-o", "forest.so"], check=True, cwd=folder)
     library = ctypes.CDLL(str(folder / "forest.so"))
     library.run_forest.restype = ctypes.c_bool

@@ -48,6 +48,10 @@ SOURCE = r"""
 
 #include "fi/common/planner.h"
 
+#ifndef FIBERS_OF_A_WARP
+#define FIBERS_OF_A_WARP 4  // of small steps, too, several
+#endif
+
 namespace {
 
 constexpr std::size_t kStackBytes = 64 << 10;
@@ -120,7 +124,7 @@ struct CtaMemory {
 
 class FiberBlock {
  public:
-  static constexpr int32_t kWarp = 4;
+  static constexpr int32_t kWarp = FIBERS_OF_A_WARP;
 
   FiberBlock(Fibers& fibers, CtaMemory& memory, int32_t thread, int32_t cta, int32_t num_ctas)
       : fibers_(fibers), memory_(memory), thread_(thread), cta_(cta), num_ctas_(num_ctas) {}
@@ -159,7 +163,7 @@ class FiberBlock {
   uint32_t ballot(bool is_set) {
     const int32_t* lanes = gather(is_set);
     uint32_t result = 0;
-    for (int32_t t = 0; t < num_lanes(); ++t) result |= lanes[t] << t;
+    for (int32_t t = 0; t < num_lanes(); ++t) result |= static_cast<uint32_t>(lanes[t]) << t;
     return result;
   }
 

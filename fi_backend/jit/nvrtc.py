@@ -58,6 +58,11 @@ class Cubin:
         return sum(int(n) for n in re.findall(r"(\d+) bytes stack frame", self.log))
 
     @property
+    def shared_bytes(self) -> int:
+        """Bytes of shared memory that a CTA takes beside what its launch asks for."""
+        return max((int(n) for n in re.findall(r"(\d+) bytes smem", self.log)), default=0)
+
+    @property
     def advice(self) -> list[str]:
         """Codes of assembler messages such as C7510 (wgmma serialised)."""
         return sorted(set(_ASSEMBLER_ADVICE.findall(self.log)))

@@ -346,6 +346,7 @@ def test_a_huge_capacity_plans_in_global_memory() -> None:
         ("sm_80", 512, "false", "1, 3, true, false, false, false"),
         ("sm_80", 512, "true", "4, 3, false, true, true, false"),
         ("sm_120a", 288, "true", "1, 3, false, false, true, false"),
+        ("sm_89", 512, "true", "4, 3, false, true, true, true"),
     ],
 )
 def test_compiles_without_spills(arch: str, threads: int, in_shared: str, mode: str) -> None:
@@ -355,6 +356,7 @@ def test_compiles_without_spills(arch: str, threads: int, in_shared: str, mode: 
     cubin = compile_cubin(source, arch)
     assert (cubin.spill_bytes, cubin.stack_bytes) == (0, 0), cubin.log
     assert "warning" not in cubin.log
+    assert cubin.shared_bytes + MAX_SHARED_BYTES <= 99 << 10, "of sm_86, sm_89 and sm_120"
 
 
 def test_too_many_ctas_are_refused() -> None:

@@ -22,6 +22,11 @@ def fibers(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return forest_fibers.build(tmp_path_factory.mktemp("forest"))
 
 
+@pytest.fixture(scope="module")
+def full_warps(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return forest_fibers.build(tmp_path_factory.mktemp("forest-of-32"), 32)
+
+
 def decodes(rows: list[list[int]], page: int, kv: list[int] | None = None, **most: int) -> Step:
     """One query token for each row of pages."""
     count = len(rows)
@@ -130,17 +135,38 @@ def test_random_steps_share_what_a_naive_search_finds(seed: int) -> None:
         assert request["own_begin"] == max(ends, default=0)
 
 
+def assert_the_device_finds_the_same(
+    fibers: ctypes.CDLL, step: Step, launch: tuple[int, bool]
+) -> None:
+    expected = step.find_on_host()
+    got = forest_fibers.find_on_fibers(fibers, step, *launch)
+    if not np.array_equal(expected, got):
+        wanted, arrays = step.arrays(expected), step.arrays(got)
+        for name, array in wanted.items():
+            np.testing.assert_array_equal(arrays[name], array, err_msg=f"{step.name}: {name}")
+        raise AssertionError(f"{step.name}: {np.flatnonzero(expected != got)[:8]}")
+
+
 @pytest.mark.parametrize("launch", LAUNCHES, ids=str)
 def test_the_device_finds_the_same_bytes(fibers: ctypes.CDLL, launch: tuple[int, bool]) -> None:
     for seed in range(1000 * LAUNCHES.index(launch), 1000 * LAUNCHES.index(launch) + 120):
-        step = random_step(seed)
-        expected = step.find_on_host()
-        got = forest_fibers.find_on_fibers(fibers, step, *launch)
-        if not np.array_equal(expected, got):
-            wanted, arrays = step.arrays(expected), step.arrays(got)
-            for name, array in wanted.items():
-                np.testing.assert_array_equal(arrays[name], array, err_msg=f"{step.name}: {name}")
-            raise AssertionError(f"{step.name}: {np.flatnonzero(expected != got)[:8]}")
+        assert_the_device_finds_the_same(fibers, random_step(seed), launch)
+
+
+@pytest.mark.parametrize("launch", [(64, False), (96, True)], ids=str)
+def test_warps_as_wide_as_the_devices(full_warps: ctypes.CDLL, launch: tuple[int, bool]) -> None:
+    """Forests around as many nodes as a warp has lanes, and deeper than levels are kept."""
+    for seed in range(5000, 5060):
+        assert_the_device_finds_the_same(full_warps, random_step(seed), launch)
+    for count in (9, 10, 31, 32, 33, 34, 70):
+        # Each request goes on where the one before it leaves: a chain of count - 1 nodes.
+        chain = [[*range(100, 108 + 8 * r), 9000 + r] for r in range(count)]
+        # Pairs that share with nobody else: half as many nodes.
+        pairs = [[*range(1000 * (r // 2), 1000 * (r // 2) + 40), 90_000 + r] for r in range(count)]
+        for rows in (chain, chain[::-1], pairs, pairs[::2] + pairs[1::2]):
+            assert_the_device_finds_the_same(full_warps, decodes(rows, 16), launch)
+            tight = decodes(rows, 16, max_nodes=5, max_links=40, max_shared_tokens=33)
+            assert_the_device_finds_the_same(full_warps, tight, launch)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120a"])
@@ -150,6 +176,7 @@ def test_compiles_without_spills(arch: str, max_requests: int) -> None:
     cubin = compile_cubin(prefix_forest.forest_kernel(capacity).source, arch)
     assert (cubin.spill_bytes, cubin.stack_bytes) == (0, 0), cubin.log
     assert "warning" not in cubin.log
+    assert cubin.shared_bytes + prefix_forest._MAX_SHARED_BYTES <= 99 << 10, "of sm_89, sm_120"
 
 
 def test_more_nodes_than_the_kernel_can_number_are_refused() -> None:
