@@ -72,13 +72,17 @@ class Ours:
 
     name = "fi_backend"
 
+    def __init__(self, levels: int | None = None) -> None:
+        """Room for some levels of prefixes, as ``make_planner`` takes it."""
+        self._levels = levels
+
     def why_not(self, workload: Workload) -> str | None:
         """Everything is served."""
         return None
 
     def prepare(self, data: Data) -> Prepared:
         """Plan the step; the kernel was compiled when the planner was built."""
-        planner = make_planner(data.workload, data.device)
+        planner = make_planner(data.workload, data.device, self._levels)
         planner.plan(data.batch)
         slot, out = planner.slot(0), data.new_out()
         caches = [fi.KvCacheView.nhd(k, v) for k, v in data.layers]

@@ -12,15 +12,15 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
 
-import fi_backend as fi
 from e2e_bench import graph_timing, kernels
 from e2e_bench.correctness import Reference
 from e2e_bench.gpu_data import Data, make_pool
-from e2e_bench.impls import make_planner
+from e2e_bench.impls import Ours
 from e2e_bench.run_log import RunLog
 from fi_backend import _core, class_plans
 
@@ -116,36 +116,12 @@ def run(texts: Sequence[str], only: Sequence[str], levels: int | None, quick: bo
         graphs = {}
         for change in changes:
             with log.attempt(workload.name, change.text), change.applied():
-                planner = make_planner(workload, device, levels)
-                planner.plan(data.batch)
-                call = _call(planner, data)
-                call.run(0)
-                ratio = reference.error_ratio(call.out)
-                if not ratio <= 2:
-                    raise AssertionError(f"error ratio: expected at most 2, got {ratio}")
-                graphs[change.text] = graph_timing.record(call.run, len(data.layers), calls)
+                prepared = Ours(levels).prepare(data)
+                reference.error_ratio(prepared.result())
+                graphs[change.text] = graph_timing.record(prepared.call, len(data.layers), calls)
         times = graph_timing.time_in_turns(graphs, 3 if quick else 10)
-        cells = [
-            f"{sorted(times[c.text])[len(times[c.text]) // 2]:.2f}" if c.text in times else "–"
-            for c in changes
-        ]
+        cells = [f"{median(times[c.text]):.2f}" if c.text in times else "–" for c in changes]
         print(f"{workload.name:20}", *cells, sep=" | ", flush=True)
         if log.device_is_lost:
             break
     return log.finish()
-
-
-@dataclass(frozen=True, eq=False)
-class _Call:
-    slot: fi.PlanSlot
-    data: Data
-    caches: list[fi.KvCacheView]
-    out: torch.Tensor
-
-    def run(self, layer: int) -> None:
-        fi.attention(self.slot, self.data.q, self.caches[layer], out=self.out)
-
-
-def _call(planner: fi.StepPlanner, data: Data) -> _Call:
-    caches = [fi.KvCacheView.nhd(k, v) for k, v in data.layers]
-    return _Call(planner.slot(0), data, caches, data.new_out())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from e2e_bench import tune
+from e2e_bench import graph_timing, kernels, tune
+from e2e_bench.graph_timing import Recorded
+from e2e_bench.workloads import Workload
 from fi_backend import Capacity, HeadShape, LayerClass, _core, class_plans
 
 SHAPE = (128, 128, 2, 4, 32, 64, 233472)
@@ -41,3 +43,24 @@ def test_plans_may_be_cut_finer_than_tiles() -> None:
 def test_other_texts_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected ROWSxKV_TILExSTAGES:FIXED/COST, got"):
         tune.Change.parse(text)
+
+
+def test_tables_are_checked_and_take_turns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workload = Workload("tiny", (1, 1), (90, 33), HeadShape(4, 2, 64))
+    generator = torch.Generator().manual_seed(1)
+    pool = torch.randn(4 * workload.kv_bytes, generator=generator).bfloat16()
+    tables = ["own", "16x64x2:300/200"]
+    monkeypatch.setattr("e2e_bench.gpu_data.num_layers", lambda _: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(kernels, "chosen_workloads", lambda _: [workload])
+    monkeypatch.setattr(tune, "make_pool", lambda *_: pool)
+    monkeypatch.setattr(graph_timing, "record", lambda call, *_: Recorded(None, 1, call))
+    monkeypatch.setattr(
+        graph_timing, "time_in_turns", lambda graphs, _: {text: [3.0, 1.0, 2.0] for text in graphs}
+    )
+    assert tune.run(tables, ["tiny"], None, quick=True) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split("|")[1:] == [" 2.00 ", " 2.00"]
+    monkeypatch.setattr(tune.Ours, "prepare", lambda *_: 1 / 0)
+    assert tune.run(tables, ["tiny"], None, quick=True) == 1, "what fails has no time"
