@@ -59,6 +59,14 @@ class Engine:
         self.cached_tokens = [answer["meta_info"]["cached_tokens"] for answer in answers]
         return [list(answer["output_ids"]) for answer in answers]
 
+    def heard(self, sounds: Sequence[bytes], max_new_tokens: int = 24) -> Tokens:
+        """Greedy tokens of what a model hears, all of it in flight together."""
+        greedy = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+        answers = self.engine.generate(
+            prompt=[""] * len(sounds), audio_data=list(sounds), sampling_params=greedy
+        )
+        return [list(answer["output_ids"]) for answer in answers]
+
     def prompt_logprobs(self, prompt: Sequence[int]) -> list[float]:
         """Log-probability of every token of a prompt but the first, given those before it."""
         answer = self.engine.generate(

@@ -29,6 +29,7 @@ class Layer:
     sinks: Tensor | None = None
     attn_type: AttentionType = AttentionType.DECODER
     in_window_pool: bool = False
+    sees_encoders: bool = False
 
 
 class Model(torch.nn.Module):
@@ -48,6 +49,7 @@ class Model(torch.nn.Module):
                 logit_cap=layer.cap,
                 sliding_window_size=layer.window,
                 attn_type=layer.attn_type,
+                is_cross_attention=layer.sees_encoders,
             )
             if layer.sinks is not None:
                 parent.sinks = torch.nn.Parameter(layer.sinks, requires_grad=False)
@@ -105,7 +107,7 @@ def runner(
     made = SimpleNamespace(
         model=Model(layers),
         model_config=SimpleNamespace(
-            is_encoder_decoder=False,
+            is_encoder_decoder=any(layer.sees_encoders for layer in layers),
             is_multimodal=False,
             hf_text_config=SimpleNamespace(),
             context_len=316,

@@ -26,11 +26,14 @@ class Request:
 
     Attributes:
         row: of req_to_token.
-        length: tokens in the cache.
-        keys, values: per layer [length, kv_heads, dim], in the order of positions.
+        encoder: tokens of its encoder, before its text in the row.
+        length: tokens of its text in the cache.
+        keys, values: per layer [length, kv_heads, dim], in the order of positions; of a layer that
+            sees encoders [encoder, kv_heads, dim], once it ran.
     """
 
     row: int
+    encoder: int = 0
     length: int = 0
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
@@ -57,24 +60,26 @@ class World:
         drawn = 2 * torch.randn(*shape, generator=self._draw, device="cpu")
         return drawn.to(DEVICE, self.runner.dtype).float()
 
-    def request(self) -> Request:
+    def request(self, encoder: int = 0) -> Request:
         shape = (0, self.layers[0].kv_heads, self.layers[0].dim)
         empty = [torch.zeros(shape) for _ in self.layers]
-        request = Request(len(self.requests) + 1, keys=list(empty), values=list(empty))
+        request = Request(len(self.requests) + 1, encoder, keys=list(empty), values=list(empty))
         self.requests.append(request)
         return request
 
     def share(self, request: Request, other: Request, tokens: int) -> None:
-        """Begin a request with the pages of another, as a radix cache does."""
-        self.table[request.row, :tokens] = self.table[other.row, :tokens]
-        request.length = tokens
-        request.keys = [k[:tokens] for k in other.keys]
-        request.values = [v[:tokens] for v in other.values]
+        """Begin a request with the pages of another, as a radix cache does: of encoder and text."""
+        columns = other.encoder + tokens
+        self.table[request.row, :columns] = self.table[other.row, :columns]
+        request.encoder, request.length = other.encoder, tokens
+        kept = [None if layer.sees_encoders else tokens for layer in self.layers]
+        request.keys = [k[:end] for k, end in zip(other.keys, kept, strict=True)]
+        request.values = [v[:end] for v, end in zip(other.values, kept, strict=True)]
 
-    def slots(self, request: Request, new: int) -> Tensor:
-        """Take slots for new tokens, pages at a time and in any order."""
+    def slots(self, request: Request, begin: int, new: int) -> Tensor:
+        """Take slots for columns of a request's row, pages at a time and in any order."""
         taken = []
-        for position in range(request.length, request.length + new):
+        for position in range(begin, begin + new):
             if position % self.page == 0:
                 page = self._free.pop()
                 slot = page * self.page
@@ -92,7 +97,12 @@ class World:
         """A step of {request: new tokens}; its slots are taken."""
         chosen = [self.requests[i] for i in step]
         new = torch.tensor(list(step.values()), dtype=torch.int32)
-        slots = torch.cat([self.slots(r, n) for r, n in zip(chosen, new.tolist(), strict=True)])
+        fresh = [r for r in chosen if r.length == 0]  # SGLang runs their encoders in this step
+        encoders = [self.slots(r, 0, r.encoder) for r in fresh]
+        slots = [
+            self.slots(r, r.encoder + r.length, n)
+            for r, n in zip(chosen, new.tolist(), strict=True)
+        ]
         before = torch.tensor([r.length for r in chosen])
         counted = before if mode.is_target_verify() else before + new
         return SimpleNamespace(
@@ -102,7 +112,10 @@ class World:
             seq_lens=counted,
             seq_lens_cpu=None,
             seq_lens_sum=None,
-            out_cache_loc=slots,
+            out_cache_loc=torch.cat(slots),
+            encoder_lens=torch.tensor([r.encoder for r in chosen]),
+            encoder_out_cache_loc=torch.cat([*encoders, torch.zeros(0, dtype=torch.int64)]),
+            fresh=fresh,
             extend_seq_lens=new,
             spec_info=None,
             chosen=chosen,
@@ -121,18 +134,23 @@ class World:
         layer, tokens = self.layers[index], sum(batch.new)
         module = self.runner.model.parents[index].attn
         q = self.noise(tokens + padding, layer.heads * layer.dim)
-        k, v = (self.noise(tokens + padding, layer.kv_heads, layer.dim) for _ in range(2))
+        written = batch.encoder_out_cache_loc.numel() if layer.sees_encoders else tokens + padding
+        k, v = (self.noise(written, layer.kv_heads, layer.dim) for _ in range(2))
         arguments = {} if layer.sinks is None else {"sinks": layer.sinks}
         decodes = batch.forward_mode.is_decode()
         call = self.backend.forward_decode if decodes else self.backend.forward_extend
         dtype = self.runner.dtype
-        out = call(q.to(dtype), k.to(dtype), v.to(dtype), module, batch, **arguments)
+        new_kv = (k.to(dtype), v.to(dtype)) if written else (None, None)
+        out = call(q.to(dtype), *new_kv, module, batch, **arguments)
         assert out.shape == (tokens + padding, layer.heads * layer.dim)
-        at = 0
+        at = encoded = 0
         for request, new in zip(batch.chosen, batch.new, strict=True):
-            rows = slice(at, at + new)
-            keys = torch.cat([request.keys[index], k[rows]])
-            values = torch.cat([request.values[index], v[rows]])
+            rows = fresh = slice(at, at + new)
+            if layer.sees_encoders:
+                fresh = slice(encoded, encoded + request.encoder * (request in batch.fresh))
+                encoded = fresh.stop
+            keys = torch.cat([request.keys[index], k[fresh]])
+            values = torch.cat([request.values[index], v[fresh]])
             expected = plain(layer, module.scaling, q[rows], keys, values, seen)
             tolerance = 1e-4 if dtype == torch.float32 else 0.06
             torch.testing.assert_close(
@@ -166,7 +184,7 @@ class World:
             positions=None,
             input_ids=torch.zeros(size * drafts, dtype=torch.int64),
             out_cache_loc=batch.out_cache_loc,
-            encoder_lens=None,
+            encoder_lens=pad(batch.encoder_lens, (0, extra), value=fill),
             spec_info=batch.spec_info,
         )
 
@@ -212,7 +230,7 @@ def plain(  # noqa: PLR0917 (named words)
     position = torch.arange(length - new, length)[:, None]
     key = torch.arange(length)
     visible = key <= position
-    if layer.attn_type == AttentionType.ENCODER_ONLY:
+    if layer.attn_type == AttentionType.ENCODER_ONLY or layer.sees_encoders:
         visible = torch.ones_like(visible)
     if layer.window > 0:
         visible &= key >= position - layer.window

@@ -23,6 +23,9 @@ import torch
 VOCAB_SIZE = 2048
 MAX_POSITIONS = 4096
 END_OF_TEXT = "<|endoftext|>"
+HEARD_SECONDS = 2
+# What SGLang begins a transcript with, behind the words of the other models.
+TRANSCRIPT_WORDS = ("<|en|>", "<|transcribe|>", "<|notimestamps|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -46,6 +49,7 @@ class TinyModel:
             the model repeats its last token.
         gains: factors for the matrices whose name contains the key. A second matrix after an
             activation of one sign adds the same vector to every token, which must stay small.
+        hears: the model takes HEARD_SECONDS of sound, and has Whisper's processor.
     """
 
     name: str
@@ -54,6 +58,7 @@ class TinyModel:
     settings: dict[str, Any]
     norm_weights: Mapping[str, float] = field(default_factory=dict)
     gains: Mapping[str, float] = field(default_factory=dict)
+    hears: bool = False
 
 
 def _decoder(**settings: Any) -> dict[str, Any]:
@@ -219,6 +224,30 @@ MODELS = {
                 "pad_token_id": 0,
             },
         ),
+        TinyModel(
+            "whisper",
+            "WhisperConfig",
+            "AutoModelForSpeechSeq2Seq",
+            {
+                "vocab_size": VOCAB_SIZE + 64,
+                "d_model": 256,
+                "encoder_layers": 2,
+                "decoder_layers": 2,
+                "encoder_attention_heads": 8,
+                "decoder_attention_heads": 8,
+                "encoder_ffn_dim": 512,
+                "decoder_ffn_dim": 512,
+                "max_source_positions": 50 * HEARD_SECONDS,
+                "max_target_positions": 448,
+                "bos_token_id": 0,
+                "eos_token_id": 0,
+                "pad_token_id": 0,
+                "decoder_start_token_id": 1,
+                "begin_suppress_tokens": None,
+            },
+            gains={"out_proj": 8.0, "fc2": 4.0},
+            hears=True,
+        ),
     )
 }
 
@@ -243,6 +272,8 @@ def make(name: str, folder: Path, seed: int = 0) -> Path:
         made = Path(scratch) / "model"
         _save_weights(MODELS[name], made, seed)
         _copy_tokenizer(_tokenizer(folder, version), made)
+        if MODELS[name].hears:
+            _save_processor(made)
         try:
             made.rename(target)
         except OSError:  # another process was faster
@@ -333,6 +364,19 @@ def _tokenizer(folder: Path, version: str) -> Path:
 def _copy_tokenizer(source: Path, target: Path) -> None:
     for path in source.iterdir():
         shutil.copy(path, target / path.name)
+
+
+def _save_processor(model: Path) -> None:
+    """Add what turns sound into features, and the words that a transcript begins with."""
+    from tokenizers import Tokenizer
+    from transformers import WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizerFast
+
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.add_special_tokens(list(TRANSCRIPT_WORDS))
+    names = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END_OF_TEXT)
+    words = WhisperTokenizerFast(tokenizer_object=tokenizer, **names)
+    features = WhisperFeatureExtractor(feature_size=80, chunk_length=HEARD_SECONDS)
+    WhisperProcessor(features, words).save_pretrained(model)
 
 
 def cache_folder() -> Path:

@@ -311,10 +311,9 @@ class Sglang(ServedEngine):
                 "--random-output-len": load.output_tokens,
                 "--random-range-ratio": (1 - load.spread) / (1 + load.spread),
             }
+            flags.append("--tokenize-prompt")  # no file is read with it
         if load.rate:
             options["--request-rate"] = load.rate
-        if not load.written:
-            flags.append("--tokenize-prompt")  # no file is read with it
         return [sys.executable, "-m", "sglang.bench_serving", *_flat(options), *flags]
 
     def why_not(self, load: Load, *, on_cpu: bool) -> str | None:

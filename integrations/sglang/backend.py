@@ -9,7 +9,7 @@ import torch
 from sglang.srt.layers.attention import base_attn_backend
 from torch import Tensor
 
-from fi_backend import PagedBatch, append_kv, attention
+from fi_backend import append_kv, attention
 
 from ..common.reasons import sentence
 from . import NAME, support
@@ -18,7 +18,7 @@ from .layers import ServedLayer, attention_modules
 from .limits import StepLimits, num_draft_tokens, setting
 from .plans import Plan, Step, StepPlans
 from .sharing import logger, shared_reads
-from .tables import SlotTables
+from .tables import SlotTables, StepRequests
 from .verify import TreeBits
 
 
@@ -48,6 +48,7 @@ class FiAttentionBackend(base_attn_backend.AttentionBackend):
         modules = attention_modules(runner.model)
         reasons = support.runner_reasons(runner)
         self._looks_ahead = support.looks_ahead(runner.model_config)
+        self._has_encoders = runner.model_config.is_encoder_decoder
         for module in modules:
             reasons += self._reasons_against(module, verifies_trees=(topk or 1) > 1)
         support.refuse(reasons)
@@ -55,7 +56,9 @@ class FiAttentionBackend(base_attn_backend.AttentionBackend):
         if self.device.type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._dtype, self._kv_dtype = runner.dtype, runner.kv_cache_dtype
-        self._pool, self._page_size = runner.token_to_kv_pool, runner.page_size
+        self._pool = runner.token_to_kv_pool
+        # A text begins where its encoder ends, inside a page.
+        self._page_size = 1 if self._has_encoders else runner.page_size
         self._layers = {one: self._served(one, sinks) for one, sinks in modules.items()}
         self._limits = StepLimits.of(runner)
         ranks = torch.distributed
@@ -67,6 +70,7 @@ class FiAttentionBackend(base_attn_backend.AttentionBackend):
             self._page_size,
             self._pool,
             self._window_left(),
+            has_encoders=self._has_encoders,
         )
         self._trees = TreeBits(requests, self._drafts, self.device)
         self._ones = self._counting(requests)
@@ -167,11 +171,8 @@ class FiAttentionBackend(base_attn_backend.AttentionBackend):
 
     def _plan(self, fb: Any, *, for_graph: bool) -> None:
         plan, qo_indptr, kv_len = self._lengths(fb)
-        tables = self._tables.copied if for_graph else self._tables.in_place
-        batches = [
-            PagedBatch(qo_indptr, kv_len, table)
-            for table in tables(fb.req_pool_indices, qo_indptr, kv_len)
-        ]
+        step = StepRequests(fb.req_pool_indices, qo_indptr, kv_len, self._encoder_lens(fb))
+        batches = self._tables.copied(step) if for_graph else self._tables.in_place(step)
         plan.planner.plan(batches[: plan.planner.num_page_tables])
         shared_reads.after_plan()
         window_slots = self._window_slots(fb.out_cache_loc, for_graph=for_graph)
@@ -207,6 +208,18 @@ class FiAttentionBackend(base_attn_backend.AttentionBackend):
         torch.cumsum(fb.extend_seq_lens, 0, dtype=torch.int32, out=qo_indptr[1:])
         return self._plans.general, qo_indptr, kv_len
 
+    def _encoder_lens(self, fb: Any) -> Tensor | None:
+        """Return the tokens of the encoder of each request; None: the model has none."""
+        if not self._has_encoders:
+            return None
+        if getattr(fb, "cross_attention_custom_mask", None) is not None:
+            what = "cross_attention_custom_mask"
+            support.refuse([sentence(what, "unset", "a mask", support.KEEP_SGLANG)])
+        if fb.encoder_lens is None:  # no request of the step has one
+            return torch.zeros_like(fb.seq_lens[: fb.batch_size])
+        lens: Tensor = fb.encoder_lens[: fb.batch_size]
+        return lens.to(fb.seq_lens.dtype)
+
     def _window_slots(self, slots: Tensor | None, *, for_graph: bool) -> Tensor | None:
         """Return where a step's K and V go in the pool of window layers."""
         if slots is None or self._window_left() is None:
@@ -236,7 +249,8 @@ class FiAttentionBackend(base_attn_backend.AttentionBackend):
 
         Args:
             q: [tokens or more, num_qo_heads * head_dim_qk]; rows past the step are not read.
-            k: [tokens or more, num_kv_heads, head_dim_qk]; None: another layer has written them.
+            k: [tokens or more, num_kv_heads, head_dim_qk]; None: another layer has written them, or
+                an earlier step where the layer sees encoders: there, tokens are theirs.
             v: [tokens or more, num_kv_heads, head_dim_vo]; None as k.
             layer: SGLang's RadixAttention.
             forward_batch: the step, planned before.
@@ -293,10 +307,7 @@ class FiAttentionBackend(base_attn_backend.AttentionBackend):
         to_read, to_write = served.caches()
         k_scale, v_scale = served.scales()
         if save_kv_cache and k is not None and v is not None:
-            slots = forward_batch.out_cache_loc
-            if served.in_window_pool and step.window_slots is not None:
-                slots = step.window_slots
-            slots = slots[: k.shape[0]]
+            slots = self._slots_to_write(served, step, forward_batch)[: k.shape[0]]
             append_kv(k, v, to_write, slots, k_scale=k_scale, v_scale=v_scale)
             counts.appended_tokens += slots.numel()
         heads = served.layer_class.heads
@@ -312,11 +323,23 @@ class FiAttentionBackend(base_attn_backend.AttentionBackend):
         counts.forwards += 1
         return out.view(-1, heads.num_qo_heads * heads.head_dim_vo)
 
+    @staticmethod
+    def _slots_to_write(served: ServedLayer, step: Step, forward_batch: Any) -> Any:
+        if served.sees_encoders:
+            return forward_batch.encoder_out_cache_loc
+        if served.in_window_pool and step.window_slots is not None:
+            return step.window_slots
+        return forward_batch.out_cache_loc
+
     def _reasons_against(self, layer: Any, *, verifies_trees: bool) -> list[str]:
-        found = support.layer_reasons(
-            layer, verifies_trees=verifies_trees, looks_ahead=self._looks_ahead
+        return list(
+            support.layer_reasons(
+                layer,
+                verifies_trees=verifies_trees,
+                looks_ahead=self._looks_ahead,
+                has_encoders=self._has_encoders,
+            )
         )
-        return list(found)
 
     def _adopt(self, layer: Any, sinks: Tensor | None) -> ServedLayer:
         """Serve a layer that was not known, or not to have sinks or not: its call tells.

@@ -15,8 +15,9 @@ from fi_backend.variants import shipped
 from ..common.logits import LayerLogits
 from . import support
 
-# Page tables that a step is planned with: slots of the pool, and those of a window pool.
-MAIN_TABLE, WINDOW_TABLE = 0, 1
+# Page tables that a step is planned with: slots of the pool, and those of a window pool or of
+# encoders. No model that is served has both.
+MAIN_TABLE, WINDOW_TABLE, ENCODER_TABLE = 0, 1, 1
 # What models call the sinks that they pass to their RadixAttention.
 SINKS = ("sinks", "attention_sink_bias")
 
@@ -60,6 +61,7 @@ class ServedLayer:
         self._is_fp8 = kv_dtype != dtype
         mapping = getattr(pool, "layers_mapping", {})
         self.in_window_pool = layer.layer_id in mapping and mapping[layer.layer_id][1]
+        self.sees_encoders = bool(layer.is_cross_attention)
         self.logits = LayerLogits(layer.logit_cap or None, None, sinks)
         self.layer_class = LayerClass(
             HeadShape(
@@ -69,7 +71,7 @@ class ServedLayer:
             kv_dtype if self._is_fp8 else None,
             self._band(),
             self.logits.variant,
-            WINDOW_TABLE if self.in_window_pool else MAIN_TABLE,
+            self._table(),
         )
         self._seen: tuple[object, ...] = ()
         self._views: tuple[KvCacheView, KvCacheView] | None = None
@@ -77,10 +79,15 @@ class ServedLayer:
 
     def _band(self) -> Band:
         """Return what a query sees. SGLang's window does not count the query's own token."""
-        if support.attn_type(self.layer) == support.ENCODER_ONLY:
+        if self.sees_encoders or support.attn_type(self.layer) == support.ENCODER_ONLY:
             return FULL
         window = self.layer.sliding_window_size
         return Band(window, 0) if window > 0 else CAUSAL
+
+    def _table(self) -> int:
+        if self.sees_encoders:
+            return ENCODER_TABLE
+        return WINDOW_TABLE if self.in_window_pool else MAIN_TABLE
 
     @property
     def has_sinks(self) -> bool:

@@ -38,7 +38,6 @@ def runner_reasons(runner: Any) -> list[str]:
     config = runner.model_config
     flags = {
         "use_mla_backend": (runner.use_mla_backend, "multi-head latent attention"),
-        "is_encoder_decoder": (config.is_encoder_decoder, "cross attention"),
         "attention_chunk_size": (
             getattr(config, "attention_chunk_size", None),
             "chunked local attention",
@@ -51,6 +50,8 @@ def runner_reasons(runner: Any) -> list[str]:
         if value
     ]
     reasons += _pool_reasons(runner.token_to_kv_pool)
+    if config.is_encoder_decoder:
+        reasons += _encoder_reasons(runner)
     if os.environ.get("SGLANG_USE_HND_KVCACHE", "0").lower() in ("1", "true"):
         hint = "leave it unset"
         reasons.append(sentence("SGLANG_USE_HND_KVCACHE", "0 (slots of one token)", 1, hint))
@@ -85,6 +86,16 @@ def _pool_reasons(pool: Any) -> Iterator[str]:
                 yield sentence("token_to_kv_pool", served, type(part).__name__, KEEP_SGLANG)
 
 
+def _encoder_reasons(runner: Any) -> Iterator[str]:
+    """Return what does not go together with an encoder whose slots are a part of every row."""
+    pool = type(runner.token_to_kv_pool).__name__
+    if pool == WINDOW_POOL:
+        yield sentence("token_to_kv_pool", f"{PLAIN_POOL} beside an encoder", pool, KEEP_SGLANG)
+    if not runner.spec_algorithm.is_none():
+        hint = "unset --speculative-algorithm"
+        yield sentence("speculative_algorithm", "none beside an encoder", "one", hint)
+
+
 def looks_ahead(config: Any) -> bool:
     """Return whether tokens of a model may see later ones: spans of images, or all of a prompt.
 
@@ -95,20 +106,24 @@ def looks_ahead(config: Any) -> bool:
     return bool(config.is_multimodal or getattr(text, "use_bidirectional_attention", False))
 
 
-def layer_reasons(layer: Any, *, verifies_trees: bool, looks_ahead: bool) -> Iterator[str]:
+def layer_reasons(
+    layer: Any, *, verifies_trees: bool, looks_ahead: bool, has_encoders: bool
+) -> Iterator[str]:
     """Return every reason against one RadixAttention.
 
     Args:
         layer: SGLang's module.
         verifies_trees: drafted tokens branch, so that a token's index is not its position.
         looks_ahead: of the model's configuration.
+        has_encoders: SGLang counts the tokens of the model's encoder apart.
     """
     kind = attn_type(layer)
     if kind == BIDIRECTIONAL and not looks_ahead:
         kind = DECODER
     where = f"layer {layer.layer_id}"
-    if layer.is_cross_attention:
-        yield sentence(f"{where} is_cross_attention", "False", True, KEEP_SGLANG)
+    if layer.is_cross_attention and not has_encoders:
+        served = "False in a model without an encoder"
+        yield sentence(f"{where} is_cross_attention", served, True, KEEP_SGLANG)
     if kind not in SERVED_ATTN_TYPES:
         served = " or ".join(SERVED_ATTN_TYPES)
         yield sentence(f"{where} attn_type", served, kind, KEEP_SGLANG)

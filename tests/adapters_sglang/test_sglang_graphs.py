@@ -22,14 +22,16 @@ MODELS = {
     "plain": [Layer(), Layer()],
     "window pool": [Layer(window=17, in_window_pool=True), Layer()],
     "sinks": [Layer(sinks=SINKS, cap=4.0)],
+    "encoders": [Layer(), Layer(sees_encoders=True)],
 }
 
 
 def world_of(name: str, page: int, **options: Any) -> World:
     world = World(MODELS[name], page=page, **options)
     world.backend.init_cuda_graph_state(8, 8 * max(1, options.get("drafts", 1)))
-    for _ in range(5):
-        world.request()
+    encoders = any(layer.sees_encoders for layer in MODELS[name])
+    for request in range(5):
+        world.request(encoder=encoders * (16, 33, 0, 0, 7)[request])
     world.step({0: 50, 1: 3, 2: 17})
     world.share(world.requests[3], world.requests[0], 48)
     world.step({3: 2, 4: 1})
@@ -44,6 +46,7 @@ def capture(world: World, size: int) -> tuple[int, list[int]]:
         req_pool_indices=torch.zeros(size, dtype=torch.int64),
         seq_lens=torch.ones(size, dtype=torch.int64),
         out_cache_loc=torch.zeros(size, dtype=torch.int64),
+        encoder_lens=torch.ones(size, dtype=torch.int64),
         spec_info=None,
     )
     world.backend.init_forward_metadata_out_graph(dummy, in_capture=True)

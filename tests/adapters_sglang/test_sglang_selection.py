@@ -68,6 +68,11 @@ def test_the_factory_makes_a_backend() -> None:
             [r"layer 0 sliding_window_size: expected -1 under draft trees, got 9; pass --spec"],
         ),
         (
+            Layer(sees_encoders=True),
+            {"drafts": 4},
+            [r"speculative_algorithm: expected none beside an encoder, got one; unset --spec"],
+        ),
+        (
             Layer(),
             {"token_to_kv_pool": SimpleNamespace()},
             [r"token_to_kv_pool: expected MHATokenToKVPool, or SWAKVPool of them, got Simple"],
@@ -103,21 +108,19 @@ def test_gemma_3_without_images_is_a_decoder() -> None:
     world.step({0: 1}, ForwardMode.DECODE)
 
 
-def test_cross_attention_and_temperatures_are_refused() -> None:
+def test_temperatures_chunks_and_strange_cross_attention_are_refused() -> None:
     asked = runner([Layer(), Layer(), Layer(cap=3.0)])
     asked.model.parents[0].attn.is_cross_attention = True
     asked.model.parents[1].attn.xai_temperature_len = 64
     asked.model.parents[2].attn.logit_capping_method = "sigmoid"
-    asked.model_config.is_encoder_decoder = True
     asked.model_config.attention_chunk_size = 8192
     with pytest.raises(Unsupported) as error:
         FiAttentionBackend(asked)
     assert [
         reason.split(";")[0] for reason in str(error.value).split("got ", 1)[1].split(" | ")
     ] == [
-        "is_encoder_decoder: expected unset (cross attention is not served), got True",
         "attention_chunk_size: expected unset (chunked local attention is not served), got 8192",
-        "layer 0 is_cross_attention: expected False, got True",
+        "layer 0 is_cross_attention: expected False in a model without an encoder, got True",
         "layer 1 xai_temperature_len: expected -1, got 64",
         "layer 2 logit_capping_method: expected tanh, got sigmoid",
     ]

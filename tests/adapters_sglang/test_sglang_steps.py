@@ -114,6 +114,32 @@ def test_encoders_see_all() -> None:
     world.step({0: 33})
 
 
+@pytest.mark.parametrize("page", [1, 16])
+def test_texts_look_at_their_encoders(page: int) -> None:
+    """Texts longer and shorter than the encoder, one without, and encoders kept from before."""
+    world = World([Layer(), Layer(sees_encoders=True)], page=page)
+    a, b, _ = world.request(encoder=21), world.request(encoder=47), world.request()
+    world.step({0: 37})
+    world.step({0: 5, 1: 3, 2: 4})  # the first request's encoder ran before
+    for _ in range(2):
+        world.step({2: 1, 0: 1, 1: 1}, ForwardMode.DECODE)
+    world.share(world.request(), b, 1)
+    world.step({3: 2, 2: 7}, ForwardMode.MIXED)
+    world.step(dict.fromkeys(range(4), 1), ForwardMode.DECODE)
+    assert (a.length, b.length) == (45, 6)
+
+
+def test_a_mask_over_the_encoder_is_refused() -> None:
+    world = World([Layer(), Layer(sees_encoders=True)])
+    world.request(encoder=9)
+    batch = world.batch({0: 3}, ForwardMode.EXTEND)
+    batch.cross_attention_custom_mask = torch.ones(3, 9, dtype=torch.bool)
+    with pytest.raises(
+        Unsupported, match="cross_attention_custom_mask: expected unset, got a mask"
+    ):
+        world.backend.init_forward_metadata(batch)
+
+
 def test_layers_that_share_a_cache_do_not_write() -> None:
     world = World([Layer()])
     world.request()

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
+from sglang.srt.multimodal.processors import whisper
 from sglang_engines import OPTIONS, REFERENCE, Engine, random_prompt
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +31,28 @@ def test_bf16_loses_no_more_than_in_torch_native() -> None:
             assert bool(engine.stats()) is (backend == "fi")
     assert 0 < errors["fi"].mean() <= 2 * errors[REFERENCE].mean()
     assert errors["fi"].max() <= 2 * errors[REFERENCE].max()
+
+
+def test_texts_look_at_what_was_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whisper: cross attention in every decoder layer, encoders of sounds that differ."""
+    # Of sound, SGLang decodes files, with libraries that are not needed for samples.
+    monkeypatch.setattr(whisper, "load_audio", lambda data: np.frombuffer(data, np.float32))
+    draw, rate = np.random.default_rng(3), 16_000
+    sounds = []
+    for seconds in (0.4, 1.1, 2.0, 1.7, 0.2):
+        time = np.arange(round(seconds * rate)) / rate
+        tones = sum(np.sin(2 * np.pi * tone * time) for tone in draw.uniform(80, 3000, 4))
+        sounds.append((0.2 * tones + 0.02 * draw.standard_normal(time.size)).astype(np.float32))
+    # An encoder's tokens are not taken in chunks.
+    own = {"skip_tokenizer_init": False, "context_length": None, "enable_mixed_chunk": False}
+    tokens = {}
+    for backend in (REFERENCE, "fi"):
+        with Engine("whisper", backend, chunked_prefill_size=-1, **own) as engine:
+            tokens[backend] = engine.heard([sound.tobytes() for sound in sounds])
+            counts = engine.stats()
+    assert tokens["fi"] == tokens[REFERENCE]
+    assert len({tuple(answer) for answer in tokens["fi"]}) == len(sounds), "sounds must matter"
+    assert counts["forwards"] == 4 * counts["steps"] and counts["decode_steps"] > 20
 
 
 def test_an_engine_that_cannot_be_served_says_why(tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ def test_both_clients_are_asked_for_the_load() -> None:
     shared = options("sglang", LOADS["shared8k"])
     assert (shared["--gsp-system-prompt-len"], shared["--gsp-question-len"]) == ("8192", "256")
     assert (shared["--gsp-num-groups"], shared["--gsp-prompts-per-group"]) == ("1", "192")
+    # SGLang 0.5.16 ends where prompts with a common beginning are to be sent as tokens.
+    assert "--tokenize-prompt" in sglang and "--tokenize-prompt" not in shared
 
 
 def test_samples_of_parallel_generation_all_count() -> None:
