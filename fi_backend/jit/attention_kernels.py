@@ -39,6 +39,7 @@ class AttentionSpec:
         ctas_per_sm: CTAs that share a multiprocessor, which bounds registers.
         plain_pages: table entries are page ids and the page size is a power of two.
         aligned: addresses and strides of q, K and V are multiples of 16 bytes.
+        boxes: K and V are copied as boxes of tensor maps, from Hopper on.
         decodes: steps have no shared prefixes and one query token per request, so that code for
             both is left out. Longer requests are computed too, more slowly.
     """
@@ -54,6 +55,7 @@ class AttentionSpec:
     ctas_per_sm: int
     plain_pages: bool
     aligned: bool
+    boxes: bool
     decodes: bool
 
 
@@ -68,6 +70,7 @@ def attention_spec(
     has_nodes: bool = True,
     plain_pages: bool = True,
     aligned: bool = True,
+    boxes: bool = False,
     max_shared_bytes_per_sm: int = HOPPER_SHARED_BYTES,
 ) -> AttentionSpec:
     """Return the specialisation for a layer class, with the item classes that its steps can need.
@@ -82,6 +85,7 @@ def attention_spec(
         has_nodes: whether a step may have shared prefixes.
         plain_pages: as in ``AttentionSpec``.
         aligned: as in ``AttentionSpec``.
+        boxes: as in ``AttentionSpec``.
         max_shared_bytes_per_sm: of the GPU: ``_core.device_info`` knows it where there is one,
             ``kernels.shared_bytes_of_arch`` elsewhere.
     """
@@ -108,6 +112,7 @@ def attention_spec(
         table.ctas_per_sm,
         plain_pages,
         aligned,
+        boxes,
         decodes=max_q_len == 1 and not has_nodes,
     )
 
@@ -164,6 +169,7 @@ def _entry(spec: AttentionSpec, function: str, tiles: Sequence[tuple[int, int, i
             *map(str, (spec.head_dim_qk, spec.head_dim_vo, spec.group_size)),
             bool_literal(spec.plain_pages),
             bool_literal(spec.aligned),
+            bool_literal(spec.boxes),
             bool_literal(spec.decodes),
         )
     )

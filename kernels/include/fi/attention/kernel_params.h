@@ -4,6 +4,7 @@
 
 #include "fi/attention/kv_cache.h"
 #include "fi/attention/page_table.h"
+#include "fi/attention/tensor_map.h"
 #include "fi/attention/variant_hooks.h"
 #include "fi/plan/layout.h"
 
@@ -19,6 +20,7 @@ struct DeviceScale {
 };
 
 struct KernelParams {
+  TensorMap k_boxes, v_boxes;  // of kernels that copy boxes
   const void* q;  // [num_qo_tokens, num_qo_heads, head_dim_qk], head dimension contiguous
   void* out;      // [num_qo_tokens, num_qo_heads, head_dim_vo]
   float* lse;     // [num_qo_tokens, num_qo_heads] natural log; null: not wanted

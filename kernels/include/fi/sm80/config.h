@@ -54,7 +54,7 @@ struct TileClasses {
 
 // Element: of q and out. KvElement: of the cache, Element or Float8E4M3.
 template <class Element_, class KvElement_, int kHeadDimQk_, int kHeadDimVo_, int kGroupSize_,
-          bool kPlainPages_, bool kAligned_, bool kDecodes_>
+          bool kPlainPages_, bool kAligned_, bool kBoxes_, bool kDecodes_>
 struct Shape {
   using Element = Element_;
   using KvElement = KvElement_;
@@ -68,6 +68,9 @@ struct Shape {
   static constexpr bool kPlainPages = kPlainPages_;
   // Addresses and strides are multiples of 16 bytes; otherwise rows are copied by element.
   static constexpr bool kAligned = kAligned_;
+  // K and V are copied as boxes of tensor maps: plain pages of kLeastBoxTokens or more, rows of
+  // whole kBoxBytes, everything aligned.
+  static constexpr bool kBoxes = kBoxes_;
   // Steps without shared prefixes, of one query token a request; longer ones cost more. Code for
   // prefixes, and for what is not worth its compile time then, is left out.
   static constexpr bool kDecodes = kDecodes_;
@@ -78,13 +81,21 @@ struct Shape {
 // one chunk column then fall into different banks, for ldmatrix and its transposed form alike.
 FI_HOST_DEVICE constexpr int row_pitch(int row_bytes) { return (row_bytes / 16 | 1) * 16; }
 
+// Boxes of tensor maps (ptx/tensor_map.h): rows of 128 bytes, 64 or 128 elements of a token's K or
+// V, swizzled in atoms of 1024 bytes that no padding keeps apart.
+constexpr int kBoxBytes = 128, kBoxAtom = 1024;
+constexpr int kLeastBoxTokens = 8, kMostBoxTokens = 64;
+FI_HOST_DEVICE constexpr int whole_atoms(int bytes) {
+  return (bytes + kBoxAtom - 1) / kBoxAtom * kBoxAtom;
+}
+
 // Shared memory of one CTA: byte offsets from its start.
 struct SharedPlan {
   int pitch_q, pitch_k, pitch_v;  // bytes between rows
   int stage_k;                    // bytes of K in a stage; V follows
   int stage_bytes;                // of K and V
   int stages;                     // after the query tile
-  int offsets;                    // RowOffsets of the KV tokens of each stage
+  int offsets;                    // RowOffsets of the KV tokens of each stage, or its barrier
   int rows;                       // VariantRow of each packed row
   int bytes;                      //
 };
@@ -93,16 +104,18 @@ constexpr int kRowInfoBytes = 24;    // sizeof(VariantRow)
 constexpr int kRowOffsetBytes = 16;  // sizeof(RowOffsets)
 constexpr int kStaticBytes = 384;    // what a kernel declares beside, at most (kernel.h)
 
+// in_boxes: K and V rows lie as boxes leave them, parts of kBoxBytes of all rows one after the
+// other. That takes no more than padded rows do.
 FI_HOST_DEVICE constexpr SharedPlan plan_shared(int head_dim_qk, int head_dim_vo, int kv_bytes,
                                                 int rows, int kv_tile, int num_stages,
-                                                int num_warps) {
+                                                int num_warps, bool in_boxes = false) {
   SharedPlan s{};
   s.pitch_q = row_pitch(head_dim_qk * 2);
-  s.pitch_k = row_pitch(head_dim_qk * kv_bytes);
-  s.pitch_v = row_pitch(head_dim_vo * kv_bytes);
-  s.stage_k = kv_tile * s.pitch_k;
-  s.stage_bytes = s.stage_k + kv_tile * s.pitch_v;
-  s.stages = rows * s.pitch_q;
+  s.pitch_k = in_boxes ? kBoxBytes : row_pitch(head_dim_qk * kv_bytes);
+  s.pitch_v = in_boxes ? kBoxBytes : row_pitch(head_dim_vo * kv_bytes);
+  s.stage_k = kv_tile * (in_boxes ? head_dim_qk * kv_bytes : s.pitch_k);
+  s.stage_bytes = s.stage_k + kv_tile * (in_boxes ? head_dim_vo * kv_bytes : s.pitch_v);
+  s.stages = in_boxes ? whole_atoms(rows * s.pitch_q) : rows * s.pitch_q;
   int stage_area = num_stages * s.stage_bytes;
   // Where warps split the KV tokens, their states of the same rows meet in the stages' place.
   const int warps_per_row = min_int(num_warps / min_int(rows / 16, num_warps), kv_tile / 16);
@@ -110,13 +123,18 @@ FI_HOST_DEVICE constexpr SharedPlan plan_shared(int head_dim_qk, int head_dim_vo
     stage_area = max_int(stage_area, warps_per_row * rows * (head_dim_vo + 4) * 4);
   }
   s.offsets = s.stages + stage_area;
-  s.rows = s.offsets + num_stages * kv_tile * kRowOffsetBytes;
+  s.rows =
+      s.offsets + (in_boxes ? (num_stages + 1) / 2 * 16 : num_stages * kv_tile * kRowOffsetBytes);
   s.bytes = s.rows + (rows * kRowInfoBytes + 15) / 16 * 16;
   return s;
 }
 
+// Whether tiles of a class come as boxes; they hold whole ones.
+template <class S, class T>
+constexpr bool kInBoxes = S::kBoxes && T::kKvTile % kMostBoxTokens == 0;
+
 template <class S, class T>
 constexpr SharedPlan kShared = plan_shared(S::kHeadDimQk, S::kHeadDimVo, S::kKvBytes, T::kRows,
-                                           T::kKvTile, T::kStages, T::kWarps);
+                                           T::kKvTile, T::kStages, T::kWarps, kInBoxes<S, T>);
 
 }  // namespace fi::sm80

@@ -48,61 +48,99 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
   const auto stage = [&](int tile) {
     return smem_q + kPlan.stages + tile % T::kStages * kPlan.stage_bytes;
   };
-
-  const KvLoader<S, T, Classes::template kHoldsBlock<T>> loader(p, current, smem);
-  const int num_tiles = loader.num_tiles();
-  // Page ids of all stages at once, a token a thread.
-  constexpr int kTokens = T::kStages * T::kKvTile;
-  constexpr int kRounds = (kTokens + T::kThreads - 1) / T::kThreads;
-  int32_t first_pages[kRounds];
-#pragma unroll
-  for (int r = 0; r < kRounds; ++r) {
-    const int token = r * T::kThreads + static_cast<int>(ptx::thread_index());
-    first_pages[r] = loader.fetch(token / T::kKvTile, token % T::kKvTile);
-  }
-  load_rows<S, V, T>(p, current, rows);
-  __syncthreads();
-  load_q<S, T>(p, item.num_rows, rows, smem_q);  // while the page ids are on their way
-#pragma unroll
-  for (int r = 0; r < kRounds; ++r) {
-    const int token = r * T::kThreads + static_cast<int>(ptx::thread_index());
-    if (kTokens % T::kThreads != 0 && token >= kTokens) break;
-    loader.publish(token / T::kKvTile, token % T::kKvTile, first_pages[r]);
-  }
-  __syncthreads();
-#pragma unroll 1
-  for (int t = 0; t < T::kStages - 1; ++t) {
-    loader.load(t, stage(t));
-    ptx::cp_async_commit();
-  }
-  load_units<S, T, Classes>(p, item, rows, smem);
-
   const WarpLoop<S, V, T> loop(p, current, rows);
   WarpState<S, T> state;
-  state.clear();
-  for (int t = 0; t < num_tiles; ++t) {
-    ptx::cp_async_wait<T::kStages - 2>();
-    if constexpr (kByWarpgroups<S, T>) ptx::publish_to_products();
-    __syncthreads();  // tile t has landed, and every warp has left the stage refilled next
-    const int next = t + T::kStages - 1;
-    loader.load(next, stage(next));
-    ptx::cp_async_commit();
-    const int32_t page = loader.fetch(next + 1);
-    if constexpr (V::kTurns) {
-      Rotator<S, V, T>(p, current, rows, smem_q).turn(loader.tiles(), t, stage(t));
-    }
+  const auto multiply = [&](int t, int begin, int first, int end) {
     const uint32_t products = kByWarpgroups<S, T> ? shared_of_products() : smem_q;
-    loop.tile(products, products + kPlan.stages + t % T::kStages * kPlan.stage_bytes,
-              loader.tiles().begin(t), loader.tiles().end(t), state);
-    loader.publish(next + 1, page);
+    loop.tile(products, products + kPlan.stages + t % T::kStages * kPlan.stage_bytes, begin, first,
+              end, state);
+  };
+  if constexpr (kInBoxes<S, T>) {
+    static_assert(!V::kTurns);
+    using Loader = BoxLoader<S, T, Classes::template kHoldsBlock<T>>;
+    const Loader loader(p, current);
+    const auto& tiles = loader.tiles();
+    const int num_tiles = loader.num_tiles();
+    if (ptx::thread_index() == T::kThreads - 1) Loader::init(smem_q);
+    int32_t pages[T::kStages];
+#pragma unroll
+    for (int t = 0; t < T::kStages; ++t) pages[t] = loader.fetch(t);
+    load_rows<S, V, T>(p, current, rows);
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < T::kStages - 1; ++t) {
+      loader.load(t, pages[t], stage(t), Loader::landing(t, smem_q));
+    }
+    load_q<S, T>(p, item.num_rows, rows, smem_q);
+    ptx::cp_async_commit();
+    load_units<S, T, Classes>(p, item, rows, smem);
+    int32_t page = pages[T::kStages - 1];
+    state.clear();
+    ptx::cp_async_wait<0>();
+    for (int t = 0; t < num_tiles; ++t) {
+      Loader::wait(t, smem_q);
+      loader.clear_past_end(t, stage(t));
+      if (kByWarpgroups<S, T> && t == 0) ptx::publish_to_products();  // queries
+      __syncthreads();  // every warp has left the stage refilled next, and tile t is whole
+      const int next = t + T::kStages - 1;
+      loader.load(next, page, stage(next), Loader::landing(next, smem_q));
+      page = loader.fetch(next + 1);
+      multiply(t, tiles.begin(t), tiles.first(t), tiles.end(t));
+    }
+    __syncthreads();
+    if (ptx::thread_index() == T::kThreads - 1) Loader::end(smem_q);
+  } else {
+    const KvLoader<S, T, Classes::template kHoldsBlock<T>> loader(p, current, smem);
+    const auto& tiles = loader.tiles();
+    const int num_tiles = loader.num_tiles();
+    // Page ids of all stages at once, a token a thread.
+    constexpr int kTokens = T::kStages * T::kKvTile;
+    constexpr int kRounds = (kTokens + T::kThreads - 1) / T::kThreads;
+    int32_t first_pages[kRounds];
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const int token = r * T::kThreads + static_cast<int>(ptx::thread_index());
+      first_pages[r] = loader.fetch(token / T::kKvTile, token % T::kKvTile);
+    }
+    load_rows<S, V, T>(p, current, rows);
+    __syncthreads();
+    load_q<S, T>(p, item.num_rows, rows, smem_q);  // while the page ids are on their way
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const int token = r * T::kThreads + static_cast<int>(ptx::thread_index());
+      if (kTokens % T::kThreads != 0 && token >= kTokens) break;
+      loader.publish(token / T::kKvTile, token % T::kKvTile, first_pages[r]);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int t = 0; t < T::kStages - 1; ++t) {
+      loader.load(t, stage(t));
+      ptx::cp_async_commit();
+    }
+    load_units<S, T, Classes>(p, item, rows, smem);
+    state.clear();
+    for (int t = 0; t < num_tiles; ++t) {
+      ptx::cp_async_wait<T::kStages - 2>();
+      if constexpr (kByWarpgroups<S, T>) ptx::publish_to_products();
+      __syncthreads();  // tile t has landed, and every warp has left the stage refilled next
+      const int next = t + T::kStages - 1;
+      loader.load(next, stage(next));
+      ptx::cp_async_commit();
+      const int32_t page = loader.fetch(next + 1);
+      if constexpr (V::kTurns) {
+        Rotator<S, V, T>(p, current, rows, smem_q).turn(tiles, t, stage(t));
+      }
+      multiply(t, tiles.begin(t), tiles.first(t), tiles.end(t));
+      loader.publish(next + 1, page);
+    }
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // queries have landed, even without a tile, and all have left their place
   }
-  ptx::cp_async_wait<0>();
   if constexpr (T::kWarpsN > 1) {
-    __syncthreads();  // the stages become the meeting place of the warps' states
+    // The stages become the meeting place of the warps' states.
     merge_warps<S, V, T>(p, item, rows, loop.first_row(), loop.is_idle(), smem + kPlan.stages,
                          state);
   } else {
-    __syncthreads();  // queries have landed, even without a tile, and all have left their place
     if (loop.is_idle()) return;
     write_rows<S, V, T>(p, item, rows, loop.first_row(), smem, state);
   }
@@ -235,7 +273,7 @@ struct Apart {
 template <class Work, class S, class V, class... Tiles>
 __device__ void run_items(const KernelParams& p) {
   using Classes = TileClasses<Tiles...>;
-  char* const smem = dynamic_shared<(kByWarpgroups<S, Tiles> || ...)>();
+  char* const smem = dynamic_shared<((kByWarpgroups<S, Tiles> || kInBoxes<S, Tiles>) || ...)>();
   CurrentItem& current = current_item();
   __shared__ int is_done;
   __shared__ PendingUnits pending;
@@ -289,6 +327,7 @@ __device__ void run_items(const KernelParams& p) {
         if (ptx::thread_index() == 0) pending.count = 0;  // of a node item, too: requests follow
       }
     }
+    if constexpr ((kInBoxes<S, Tiles> || ...)) ptx::publish_to_products();  // before boxes come
     __syncthreads();  // shared memory belongs to the next item
   } while (!is_last);
 }
@@ -310,7 +349,8 @@ template <class S, class V, class T, class... Tiles>
 __device__ void run_part(const KernelParams& p) {
   CurrentItem& current = current_item();
   asm volatile("// the current item" ::"r"(ptx::shared_address(&current)) : "memory");
-  run_item<S, V, T, TileClasses<Tiles...>>(p, current, dynamic_shared<kByWarpgroups<S, T>>());
+  run_item<S, V, T, TileClasses<Tiles...>>(p, current,
+                                           dynamic_shared<kByWarpgroups<S, T> || kInBoxes<S, T>>());
 }
 
 }  // namespace fi::sm80

@@ -3,6 +3,7 @@
 
 #include "fi/attention/kernel_params.h"
 #include "fi/ptx/cp_async.h"
+#include "fi/ptx/tensor_map.h"
 #include "fi/ptx/thread.h"
 #include "fi/ptx/wgmma.h"
 #include "fi/sm80/config.h"
@@ -304,28 +305,45 @@ __device__ inline void load_q(const KernelParams& p, int num_rows, const Variant
   }
 }
 
-// The KV positions of an item in tiles: two runs, before and after the hole (advance_item).
-template <int kKvTile>
+// The KV positions of an item in tiles: two runs, before and after the hole (advance_item). Tiles
+// of boxes begin where one does, which may be before the run.
+template <int kKvTile, bool kInBoxes>
 struct KvTiles {
   const WorkItem& item;
+  int32_t log_box;  // positions where tiles begin are multiples of 1 << log_box
   int32_t before_hole;
 
-  __device__ explicit KvTiles(const WorkItem& of)
-      : item(of), before_hole(ceil_div(of.hole_begin - of.kv_begin, kKvTile)) {}
+  __device__ explicit KvTiles(const WorkItem& of, int32_t log_box)
+      : item(of),
+        log_box(kInBoxes ? log_box : 0),
+        before_hole(ceil_div(of.hole_begin - box_at(of.kv_begin), kKvTile)) {}
 
   __device__ int32_t count() const {
-    return before_hole + ceil_div(item.kv_end - item.hole_end, kKvTile);
+    return before_hole + ceil_div(item.kv_end - box_at(item.hole_end), kKvTile);
   }
   __device__ int32_t begin(int32_t tile) const {
-    const bool is_before = tile < before_hole;
-    const int32_t* first = is_before ? &item.kv_begin : &item.hole_end;
-    return *first + (is_before ? tile : tile - before_hole) * kKvTile;
+    return box_at(first(tile)) + (tile < before_hole ? tile : tile - before_hole) * kKvTile;
+  }
+  // The run that a tile is of: its first position, and the one behind it.
+  __device__ int32_t first(int32_t tile) const {
+    const int32_t* first = tile < before_hole ? &item.kv_begin : &item.hole_end;
+    return *first;
   }
   __device__ int32_t end(int32_t tile) const {
     const int32_t* last = tile < before_hole ? &item.hole_begin : &item.kv_end;
     return *last;
   }
+
+ private:
+  __device__ int32_t box_at(int32_t position) const {
+    return kInBoxes ? position >> log_box << log_box : position;
+  }
 };
+
+// log2 of the tokens of a box: those of a page, or of a part of it.
+__device__ inline int32_t log_of_box(const KernelParams& p) {
+  return min_i32(p.page_shift, log_of(kMostBoxTokens));
+}
 
 // Where a token's K and V rows begin, in bytes from the cache's bases; kNoRow past the range, which
 // is a source of copies that read nothing.
@@ -365,11 +383,11 @@ class KvLoader {
       : p_(p),
         current_(current),
         offsets_(reinterpret_cast<RowOffsets*>(smem + kPlan.offsets)),
-        tiles_(current.item),
+        tiles_(current.item, 0),
         num_tiles_(tiles_.count()) {}
 
   __device__ int num_tiles() const { return num_tiles_; }
-  __device__ const KvTiles<T::kKvTile>& tiles() const { return tiles_; }
+  __device__ const KvTiles<T::kKvTile, false>& tiles() const { return tiles_; }
 
   // Page id of this thread's token of `tile`, -1 for none.
   __device__ int32_t fetch(int tile) const {
@@ -456,7 +474,112 @@ class KvLoader {
   const KernelParams& p_;
   const CurrentItem& current_;
   RowOffsets* offsets_;  // [stages][kv_tile]
-  KvTiles<T::kKvTile> tiles_;
+  KvTiles<T::kKvTile, false> tiles_;
+  int num_tiles_;
+};
+
+// Loads KV tiles as boxes of the cache, 128 bytes of each token of a page: fetch() reads the page
+// id of this thread's box, a tile ahead of load(), which starts the copy. The tensor memory
+// accelerator makes the addresses; the copies of a tile are a few instructions of each warp.
+// kReadsOnce: no other tile reads this KV.
+template <class S, class T, bool kReadsOnce>
+class BoxLoader {
+  static constexpr SharedPlan kPlan = kShared<S, T>;
+  static constexpr int kPartsK = S::kHeadDimQk * S::kKvBytes / kBoxBytes;
+  static constexpr int kParts = kPartsK + S::kHeadDimVo * S::kKvBytes / kBoxBytes;
+  static constexpr int kPartBytes = T::kKvTile * kBoxBytes;  // of all rows of a tile
+  static_assert(S::kAligned && S::kPlainPages);
+  static_assert(S::kHeadDimQk * S::kKvBytes % kBoxBytes == 0);
+  static_assert(S::kHeadDimVo * S::kKvBytes % kBoxBytes == 0);
+  static_assert(kPlan.stages % kBoxAtom == 0 && kPlan.stage_k % kBoxAtom == 0);
+  static_assert(T::kKvTile / kLeastBoxTokens * kParts <= T::kThreads, "a thread for each box");
+
+ public:
+  __device__ BoxLoader(const KernelParams& p, const CurrentItem& current)
+      : p_(p), current_(current), tiles_(current.item, log_of_box(p)), num_tiles_(tiles_.count()) {}
+
+  __device__ int num_tiles() const { return num_tiles_; }
+  __device__ const KvTiles<T::kKvTile, true>& tiles() const { return tiles_; }
+
+  // The barrier that a stage's boxes land at.
+  __device__ static uint32_t landing(int tile, uint32_t smem) {
+    return smem + kPlan.offsets + tile % T::kStages * 8;
+  }
+  // For one thread; a CTA barrier before the first load(), and one after the last wait().
+  __device__ static void init(uint32_t smem) {
+#pragma unroll
+    for (int stage = 0; stage < T::kStages; ++stage) ptx::init_landing(landing(stage, smem));
+  }
+  __device__ static void end(uint32_t smem) {
+#pragma unroll
+    for (int stage = 0; stage < T::kStages; ++stage) ptx::end_landing(landing(stage, smem));
+  }
+  // Waits until a tile is there: T::kStages of them after each other share a barrier.
+  __device__ static void wait(int tile, uint32_t smem) {
+    ptx::wait_landing(landing(tile, smem), tile / T::kStages % 2);
+  }
+
+  // Page id of this thread's box of `tile`, -1 for none. Entries past the range are never
+  // dereferenced.
+  __device__ int32_t fetch(int tile) const {
+    if (tile >= num_tiles_) return -1;
+    const int pos = tiles_.begin(tile) + first_row();
+    if (first_row() >= T::kKvTile || pos >= tiles_.end(tile)) return -1;
+    return current_.pages[(pos >> p_.page_shift) * p_.table.entry_stride];
+  }
+
+  // Starts the copies of a tile whose page ids fetch() brought; past the last one, of none.
+  __device__ void load(int tile, int32_t page, uint32_t smem, uint32_t landing) const {
+    if (tile >= num_tiles_) return;
+    if (ptx::thread_index() == 0) {
+      const int32_t tokens = min_i32(tiles_.end(tile) - tiles_.begin(tile), T::kKvTile);
+      const int32_t boxes = (tokens + (1 << tiles_.log_box) - 1) >> tiles_.log_box;
+      ptx::announce_bytes(landing, (boxes << tiles_.log_box) * (kParts * kBoxBytes));
+    }
+    if (page < 0) return;
+    const uint32_t part = box() % kParts;
+    const bool is_k = part < kPartsK;
+    const uint32_t part_of = is_k ? part : part - kPartsK;
+    const TensorMap& map = is_k ? p_.k_boxes : p_.v_boxes;
+    const uint32_t to =
+        smem + part_of * kPartBytes + (is_k ? 0 : kPlan.stage_k) + first_row() * kBoxBytes;
+    const int32_t token = (tiles_.begin(tile) + first_row()) & ((1 << p_.page_shift) - 1);
+    const int32_t element = part_of * (kBoxBytes / S::kKvBytes);
+    if constexpr (kReadsOnce) {
+      ptx::copy_box(to, map, element, current_.item.kv_head, token, page, landing,
+                    ptx::evict_first());
+    } else {
+      ptx::copy_box(to, map, element, current_.item.kv_head, token, page, landing);
+    }
+  }
+
+  // Rows of V past the end of a tile's run, which has landed, become zero: what lies there may be
+  // anything, and weights of zero do not hide a NaN. For all threads; a barrier follows.
+  __device__ void clear_past_end(int tile, uint32_t smem) const {
+    const int32_t rows = tiles_.end(tile) - tiles_.begin(tile);
+    if (rows >= T::kKvTile) return;
+    constexpr int kChunks = S::kHeadDimVo * S::kKvBytes / 16;
+    const uint32_t zeros[4] = {};
+    for (int i = rows * 8 + static_cast<int>(ptx::thread_index()); i < T::kKvTile * 8;
+         i += T::kThreads) {
+#pragma unroll
+      for (int part = 0; part < kChunks / 8; ++part) {
+        ptx::store_shared_16(smem + kPlan.stage_k + part * kPartBytes + i * 16, zeros);
+      }
+    }
+    ptx::publish_to_products();
+  }
+
+ private:
+  // Boxes go round the warps: each starts a few of them.
+  __device__ static uint32_t box() {
+    return ptx::thread_index() % 32 * T::kWarps + ptx::thread_index() / 32;
+  }
+  __device__ int first_row() const { return static_cast<int>(box() / kParts) << tiles_.log_box; }
+
+  const KernelParams& p_;
+  const CurrentItem& current_;
+  KvTiles<T::kKvTile, true> tiles_;
   int num_tiles_;
 };
 

@@ -46,6 +46,11 @@ constexpr int kStepCols =
         ? T::kWarpCols
         : 32;
 
+// KV positions of a step: from `begin` on, of those [first, end).
+struct Columns {
+  int begin, first, end;
+};
+
 template <class S, class V, class T>
 class WarpLoop {
   using Element = typename S::Element;
@@ -76,8 +81,9 @@ class WarpLoop {
     return first_row() >= current_.item.num_rows;
   }
 
-  // One KV tile: positions [kv_begin, kv_end) at most, in steps of as many columns as fit.
-  __device__ void tile(uint32_t smem_q, uint32_t smem_kv, int kv_begin, int kv_end,
+  // One KV tile: positions from kv_begin on, of those [kv_first, kv_end) at most, in steps of as
+  // many columns as fit. Only tiles of boxes begin before kv_first.
+  __device__ void tile(uint32_t smem_q, uint32_t smem_kv, int kv_begin, int kv_first, int kv_end,
                        WarpState<S, T>& state) const {
     const MaskKind kind = mask_kind(kv_begin, kv_end);
     if (kind == MaskKind::kEmpty || (!kByWarpgroups<S, T> && is_idle())) return;
@@ -89,29 +95,29 @@ class WarpLoop {
       const int c = first + i * kStepCols<S, V, T>;
       if constexpr (kByWarpgroups<S, T>) {
         step_of_warpgroup(smem_q, smem_kv + c * ptx::kSwizzledRow,
-                          smem_kv + kPlan.stage_k + c * ptx::kSwizzledRow, kv_begin + c, kv_end,
-                          kind, state);
+                          smem_kv + kPlan.stage_k + c * ptx::kSwizzledRow,
+                          {kv_begin + c, kv_first, kv_end}, kind, state);
       } else {
         step(smem_q, smem_kv + c * kPlan.pitch_k, smem_kv + kPlan.stage_k + c * kPlan.pitch_v,
-             kv_begin + c, kv_end, kind, state);
+             {kv_begin + c, kv_first, kv_end}, kind, state);
       }
     }
   }
 
  private:
-  __device__ void step(uint32_t smem_q, uint32_t smem_k, uint32_t smem_v, int kv_begin, int kv_end,
+  __device__ void step(uint32_t smem_q, uint32_t smem_k, uint32_t smem_v, Columns columns,
                        MaskKind kind, WarpState<S, T>& state) const {
     Logits s;
     qk_gemm(smem_q, smem_k, s);
 #pragma unroll
-    for (int b = 0; b < T::kRowBlocks; ++b) softmax_block(kv_begin, kv_end, kind, b, s[b], state);
+    for (int b = 0; b < T::kRowBlocks; ++b) softmax_block(columns, kind, b, s[b], state);
     pv_gemm(smem_v, s, state);
   }
 
   // The same by warpgroups: while a block of rows is in its softmax, the next one's logits and the
   // last one's output are on their way.
-  __device__ void step_of_warpgroup(uint32_t smem_q, uint32_t smem_k, uint32_t smem_v, int kv_begin,
-                                    int kv_end, MaskKind kind, WarpState<S, T>& state) const {
+  __device__ void step_of_warpgroup(uint32_t smem_q, uint32_t smem_k, uint32_t smem_v,
+                                    Columns columns, MaskKind kind, WarpState<S, T>& state) const {
     Logits s;
     ptx::begin_products();
 #pragma unroll
@@ -122,7 +128,7 @@ class WarpLoop {
       ptx::settle(s[b]);
       // A warp without rows takes part in products, of zeros. Where few tiles have such warps, the
       // test is not worth its compile time.
-      if (T::kRowBlocks > 1 || !is_idle()) softmax_block(kv_begin, kv_end, kind, b, s[b], state);
+      if (T::kRowBlocks > 1 || !is_idle()) softmax_block(columns, kind, b, s[b], state);
       start_pv(smem_v, s[b], state.o[b]);
     }
     ptx::wait_products<0>();
@@ -130,12 +136,12 @@ class WarpLoop {
     for (int b = 0; b < T::kRowBlocks; ++b) ptx::settle(state.o[b]);
   }
 
-  __device__ void softmax_block(int kv_begin, int kv_end, MaskKind kind, int b,
-                                float (&s)[kColBlocks][4], WarpState<S, T>& state) const {
+  __device__ void softmax_block(Columns columns, MaskKind kind, int b, float (&s)[kColBlocks][4],
+                                WarpState<S, T>& state) const {
     if constexpr (V::kHasLogits || V::kHasMasks || !V::kSoftmax) {
-      apply_variant(kv_begin, kv_end, kind, b, s);
+      apply_variant(columns.begin, columns.end, kind, b, s);
     }
-    if (crosses_band(kv_begin, kv_end)) apply_band(kv_begin, kv_end, b, s);
+    if (crosses_band(columns)) apply_band(columns, b, s);
     if constexpr (V::kSoftmax) online_softmax(b, s, state);
   }
 
@@ -200,7 +206,8 @@ class WarpLoop {
     }
     const int lane = WarpLoop::lane();
     const uint32_t q_at = smem_q + (first_row() + lane % 16) * kPlan.pitch_q + lane / 16 * 16;
-    const uint32_t k_at = smem_k + (lane % 8 + lane / 16 * 8) * kPlan.pitch_k + lane / 8 % 2 * 16;
+    const uint32_t k_at =
+        first_chunk(smem_k + (lane % 8 + lane / 16 * 8) * kPlan.pitch_k, lane / 8 % 2);
     // 32 bytes of every K row at a time: one k16 step, or two of an fp8 cache.
     constexpr int kStepsPerLoad = S::kFp8 ? 2 : 1;
 #pragma unroll
@@ -216,7 +223,7 @@ class WarpLoop {
 #pragma unroll
       for (int n = 0; n < kColBlocks; n += 2) {
         uint32_t kb[4];
-        ptx::ldmatrix_x4(kb, k_at + n * 8 * kPlan.pitch_k + k / kStepsPerLoad * 32);
+        ptx::ldmatrix_x4(kb, chunk_at(k_at, k / kStepsPerLoad * 2) + n * 8 * kPlan.pitch_k);
         if constexpr (!S::kFp8) {
 #pragma unroll
           for (int b = 0; b < T::kRowBlocks; ++b) {
@@ -237,6 +244,16 @@ class WarpLoop {
         }
       }
     }
+  }
+
+  // A lane's row of K or V at its chunk `chunk`, 0 or 1, of 16 bytes; boxes leave them swizzled.
+  __device__ static uint32_t first_chunk(uint32_t row, uint32_t chunk) {
+    return row + (kInBoxes<S, T> ? (chunk ^ lane() % 8) * 16 : chunk * 16);
+  }
+  // The same of an even number of chunks further, a constant.
+  __device__ static uint32_t chunk_at(uint32_t first, int chunks) {
+    if constexpr (!kInBoxes<S, T>) return first + chunks * 16;
+    return (first ^ chunks % 8 * 16) + chunks / 8 * (T::kKvTile * kBoxBytes);
   }
 
   __device__ MaskKind mask_kind(int kv_begin, int kv_end) const {
@@ -289,30 +306,32 @@ class WarpLoop {
     return static_cast<int>(min(static_cast<uint32_t>(side), 1u << 30));
   }
 
-  __device__ bool crosses_band(int kv_begin, int kv_end) const {
+  __device__ bool crosses_band(Columns columns) const {
     const Band& band = p_.band;
-    const int end = kv_begin + kStepCols<S, V, T>;
-    if (end > kv_end || (band.right >= 0 && end > current_.box.q_pos_min + band.right + 1)) {
+    const int end = columns.begin + kStepCols<S, V, T>;
+    if (kInBoxes<S, T> && columns.begin < columns.first) return true;
+    if (end > columns.end || (band.right >= 0 && end > current_.box.q_pos_min + band.right + 1)) {
       return true;
     }
-    return band.left >= 0 && kv_begin < current_.box.q_pos_max - band.left;
+    return band.left >= 0 && columns.begin < current_.box.q_pos_max - band.left;
   }
 
-  __device__ void apply_band(int kv_begin, int kv_end, int b, float (&s)[kColBlocks][4]) const {
+  __device__ void apply_band(Columns columns, int b, float (&s)[kColBlocks][4]) const {
     const Band& band = p_.band;
     const int lane = WarpLoop::lane(), first = first_row() + b * 16;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // A row's band in bits, 32 columns a word: an element costs a test of its bit, no branch.
       const int q_pos = rows_[first + half * 8 + lane / 4].q_pos;
-      const int column = kv_begin + lane % 4 * 2;
-      const int end = min_i32(kv_end, q_pos + reach(band.right) + 1);
+      const int column = columns.begin + lane % 4 * 2;
+      const int end = min_i32(columns.end, q_pos + reach(band.right) + 1);
       const int begin = q_pos - reach(band.left);
 #pragma unroll
       for (int word = 0; word < kColBlocks; word += 4) {
         const int at = column + word * 8;
         const uint32_t in_window = bits_from(begin - at) | ~bits_from(band.sink_prefix - at);
-        const uint32_t seen = in_window & ~bits_from(end - at);
+        uint32_t seen = in_window & ~bits_from(end - at);
+        if constexpr (kInBoxes<S, T>) seen &= bits_from(columns.first - at);
 #pragma unroll
         for (int bit = 0; bit < min_i32(kColBlocks - word, 4) * 8; ++bit) {
           if (bit % 8 > 1) continue;
@@ -387,7 +406,7 @@ class WarpLoop {
   __device__ void pv_gemm(uint32_t smem_v, const Logits& s, WarpState<S, T>& state) const {
     constexpr int kChunks = S::kHeadDimVo * S::kKvBytes / 16;  // of a row of V
     const int lane = WarpLoop::lane();
-    const uint32_t v_at = smem_v + lane % 16 * kPlan.pitch_v + lane / 16 * 16;
+    const uint32_t v_at = first_chunk(smem_v + lane % 16 * kPlan.pitch_v, lane / 16);
 #pragma unroll
     for (int k = 0; k < kColBlocks / 2; ++k) {
       uint32_t a[T::kRowBlocks][4];
@@ -401,7 +420,7 @@ class WarpLoop {
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; chunk += 2) {
         uint32_t vb[4];  // tokens 0-7 and 8-15 of this chunk, then of the next
-        ptx::ldmatrix_x4_trans(vb, v_at + k * 16 * kPlan.pitch_v + chunk * 16);
+        ptx::ldmatrix_x4_trans(vb, chunk_at(v_at, chunk) + k * 16 * kPlan.pitch_v);
         if constexpr (!S::kFp8) {
           static_assert(kChunks % 2 == 0);
 #pragma unroll

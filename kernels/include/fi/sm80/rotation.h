@@ -27,7 +27,7 @@ class Rotator {
 
   // Turns what tile `t`, which has landed, is multiplied with. For all threads; a barrier before
   // and after.
-  __device__ void turn(const KvTiles<T::kKvTile>& tiles, int t, uint32_t smem_k) const {
+  __device__ void turn(const KvTiles<T::kKvTile, false>& tiles, int t, uint32_t smem_k) const {
     const Rotation& rotation = p_.rotation;
     const int begin = tiles.begin(t);
     const bool has_sinks = V::kRolls && begin < rotation.sink_prefix;
