@@ -12,8 +12,8 @@ import torch
 from fi_backend import _core
 from fi_backend.errors import require
 from fi_backend.formats import HeadShape
-from fi_backend.jit.attention_kernels import AttentionSpec, attention_spec
-from fi_backend.layers import Capacity, LayerClass
+from fi_backend.jit.attention_kernels import AttentionSpec, attention_spec, takes_boxes
+from fi_backend.layers import MAX_KV_LEN, Capacity, LayerClass
 
 # Spans per thread: enough that a preempted thread's work is taken over by the others.
 CPU_SPANS_PER_THREAD = 4
@@ -48,6 +48,7 @@ def plan_class(
     *,
     num_ctas: int | None,
     invariant_chunk: int,
+    page_size: int | None = None,
 ) -> ClassPlan:
     """Return the plan configuration of a class.
 
@@ -58,6 +59,7 @@ def plan_class(
         num_ctas: None: on a GPU as many as are resident at once, which depends on the class; on the
             CPU a few per torch thread.
         invariant_chunk: 0, or where batch-invariant mode cuts.
+        page_size: tokens of a page; None: not known, perhaps enough for boxes.
 
     Raises:
         InvalidInput: a chunk that the KV tiles do not divide, or sharing beside it.
@@ -79,6 +81,13 @@ def plan_class(
             max_q_len=q_len,
             max_requests=capacity.max_requests,
             has_nodes=capacity.max_nodes > 0,
+            boxes=gpu.copies_boxes
+            and takes_boxes(
+                layer_class.heads,
+                layer_class.cache_dtype,
+                layer_class.variant,
+                MAX_KV_LEN if page_size is None else page_size,
+            ),
             max_shared_bytes_per_sm=gpu.shared_bytes_per_sm,
         )
         classes = _tile_classes(layer_class, q_len, capacity.max_requests, gpu)
@@ -100,13 +109,14 @@ def tile_q_len(q_len: int, heads: HeadShape) -> int:
 class _GpuSize(NamedTuple):
     num_sms: int
     shared_bytes_per_sm: int
+    copies_boxes: bool
 
 
 def _gpu_size(device: torch.device) -> _GpuSize:
     if device.index is None:  # sizes of no GPU in particular: those of Hopper
-        return _GpuSize(132, 233472)
+        return _GpuSize(132, 233472, copies_boxes=True)
     info = _core.device_info(device.index)
-    return _GpuSize(info.num_sms, info.max_shared_bytes_per_sm)
+    return _GpuSize(info.num_sms, info.max_shared_bytes_per_sm, info.copies_boxes)
 
 
 def _tile_classes(

@@ -39,7 +39,8 @@ class AttentionSpec:
         ctas_per_sm: CTAs that share a multiprocessor, which bounds registers.
         plain_pages: table entries are page ids and the page size is a power of two.
         aligned: addresses and strides of q, K and V are multiples of 16 bytes.
-        boxes: K and V are copied as boxes of tensor maps, from Hopper on.
+        boxes: K and V are copied as boxes of tensor maps (``takes_boxes``); never where pages are
+            not plain or tensors not aligned.
         decodes: steps have no shared prefixes and one query token per request, so that code for
             both is left out. Longer requests are computed too, more slowly.
     """
@@ -117,6 +118,22 @@ def attention_spec(
     )
 
 
+def takes_boxes(
+    heads: HeadShape, kv_dtype: torch.dtype, variant: Variant | None, page_size: int
+) -> bool:
+    """Return whether a GPU that can copy boxes of tensor maps does, for plain and aligned pages.
+
+    Args:
+        heads: of one rank.
+        kv_dtype: of the cache.
+        variant: one that turns K does that in rows that threads have copied.
+        page_size: tokens of a page.
+    """
+    turns = variant is not None and variant.rotation is not None
+    dims = (heads.head_dim_qk, heads.head_dim_vo)
+    return not turns and _core.fits_boxes(*dims, kv_dtype.itemsize, page_size)
+
+
 @lru_cache(maxsize=1024)
 def attention_kernel(spec: AttentionSpec) -> DeviceKernel:
     """Return the kernel of a specialisation.
@@ -131,7 +148,12 @@ def attention_kernel(spec: AttentionSpec) -> DeviceKernel:
     hint = "pack scalars into one tensor"
     require(count <= MAX_VARIANT_PARAMS, "variant", rule, count, hint, kind=Unsupported)
     shared_bytes = _core.sm80_shared_bytes(
-        spec.head_dim_qk, spec.head_dim_vo, spec.kv_dtype.itemsize, list(spec.tiles), spec.warps
+        spec.head_dim_qk,
+        spec.head_dim_vo,
+        spec.kv_dtype.itemsize,
+        list(spec.tiles),
+        spec.warps,
+        spec.boxes,
     )
     structs = device_structs(functions)
 
@@ -197,4 +219,5 @@ def _title(spec: AttentionSpec) -> str:
         *(["decode"] if spec.decodes else []),
         "plain" if spec.plain_pages else "any-table",
     ]
+    words += ["boxes"] if spec.boxes else []
     return " ".join(words if spec.aligned else [*words, "unaligned"])

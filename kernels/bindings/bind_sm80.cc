@@ -30,17 +30,25 @@ void bind_sm80(py::module_& m) {
   m.def(
       "sm80_shared_bytes",
       [](int32_t head_dim_qk, int32_t head_dim_vo, int32_t kv_bytes,
-         const std::vector<std::array<int32_t, 3>>& tiles, int32_t warps) {
+         const std::vector<std::array<int32_t, 3>>& tiles, int32_t warps, bool boxes) {
         int32_t bytes = 0;
         for (const auto& [rows, kv_tile, stages] : tiles) {
           const auto plan =
-              sm80::plan_shared(head_dim_qk, head_dim_vo, kv_bytes, rows, kv_tile, stages, warps);
+              sm80::plan_shared(head_dim_qk, head_dim_vo, kv_bytes, rows, kv_tile, stages, warps,
+                                boxes && kv_tile % sm80::kMostBoxTokens == 0);
           bytes = std::max(bytes, plan.bytes);
         }
         return bytes;
       },
       py::arg("head_dim_qk"), py::arg("head_dim_vo"), py::arg("kv_bytes"), py::arg("tiles"),
-      py::arg("warps"));
+      py::arg("warps"), py::arg("boxes") = false);
+  m.def(
+      "fits_boxes",
+      [](int32_t head_dim_qk, int32_t head_dim_vo, int32_t kv_bytes, int32_t page_size) {
+        return head_dim_qk * kv_bytes % sm80::kBoxBytes == 0 &&
+               head_dim_vo * kv_bytes % sm80::kBoxBytes == 0 && page_size >= sm80::kLeastBoxTokens;
+      },
+      py::arg("head_dim_qk"), py::arg("head_dim_vo"), py::arg("kv_bytes"), py::arg("page_size"));
 }
 
 }  // namespace fi

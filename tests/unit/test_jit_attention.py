@@ -16,6 +16,7 @@ from fi_backend.jit.attention_kernels import (
     AttentionSpec,
     attention_kernel,
     attention_spec,
+    takes_boxes,
 )
 from fi_backend.jit.headers import INCLUDE_ROOT
 from fi_backend.variants import Scalar, Variant, shipped
@@ -33,6 +34,7 @@ PLAIN = AttentionSpec(
     2,
     True,
     True,
+    boxes=False,
     decodes=False,
 )
 
@@ -46,7 +48,7 @@ def test_the_text_of_plain_attention() -> None:
         "fi_attention(const __grid_constant__ fi::KernelParams p) {\n"
         "  using namespace fi;\n"
         "  using namespace fi::sm80;\n"
-        "  run<Shape<BFloat16, BFloat16, 128, 128, 4, true, true, false>,\n"
+        "  run<Shape<BFloat16, BFloat16, 128, 128, 4, true, true, false, false>,\n"
         "      Variant<true, Functions<>, Functions<>, Functions<>>,\n"
         "      Tile<16, 64, 2, 4>,\n"
         "      Tile<64, 64, 2, 4>>(p);\n"
@@ -68,13 +70,34 @@ def test_the_text_of_plain_attention() -> None:
 def test_every_choice_is_in_the_text_and_the_title() -> None:
     kernel = attention_kernel(
         AttentionSpec(192, 128, torch.float16, torch.float8_e4m3fn, 16, shipped.soft_cap(30.0),
-                      ((16, 64, 3),), 4, 1, False, False, True)
+                      ((16, 64, 3),), 4, 1, False, False, False, True)
     )  # fmt: skip
-    assert "Shape<Float16, Float8E4M3, 192, 128, 16, false, false, true>" in kernel.source
+    assert "Shape<Float16, Float8E4M3, 192, 128, 16, false, false, false, true>" in kernel.source
     assert "__launch_bounds__(128, 1)" in kernel.source
     assert "Tile<16, 64, 3, 4>>(p)" in kernel.source
     expected = "attention d192/128 g16 fp16 kv fp8 16x64 soft_cap decode any-table unaligned"
     assert kernel.title == expected
+
+
+def test_boxes_are_named_and_take_no_more_memory() -> None:
+    kernel = attention_kernel(replace(PLAIN, boxes=True))
+    assert "4, true, true, true, false>" in kernel.source
+    assert kernel.title == "attention d128 g4 bf16 kv bf16 16x64+64x64 softmax plain boxes"
+    assert kernel.shared_bytes < attention_kernel(PLAIN).shared_bytes
+
+
+def test_boxes_are_of_whole_rows_of_128_bytes_and_of_8_tokens() -> None:
+    bf16, fp8 = torch.bfloat16, torch.float8_e4m3fn
+    heads = {dim: HeadShape(8, 2, dim) for dim in (64, 80, 128, 256)}
+    taken = {(d, kv) for d in heads for kv in (bf16, fp8) if takes_boxes(heads[d], kv, None, 16)}
+    assert taken == {(64, bf16), (128, bf16), (128, fp8), (256, bf16), (256, fp8)}
+    assert takes_boxes(HeadShape(8, 2, 192, 128), bf16, None, 16)
+    assert [takes_boxes(heads[128], bf16, None, size) for size in (1, 4, 8, 512)] == [
+        *(False, False),
+        *(True, True),
+    ]
+    assert takes_boxes(heads[128], bf16, shipped.soft_cap(30.0), 16)
+    assert not takes_boxes(heads[128], bf16, shipped.rope(), 16), "threads turn what they copied"
 
 
 def test_shared_memory_grows_with_tiles_and_elements() -> None:

@@ -20,7 +20,6 @@ struct DeviceScale {
 };
 
 struct KernelParams {
-  TensorMap k_boxes, v_boxes;  // of kernels that copy boxes
   const void* q;  // [num_qo_tokens, num_qo_heads, head_dim_qk], head dimension contiguous
   void* out;      // [num_qo_tokens, num_qo_heads, head_dim_vo]
   float* lse;     // [num_qo_tokens, num_qo_heads] natural log; null: not wanted
@@ -42,6 +41,7 @@ struct KernelParams {
   int32_t* arrivals;   // [max_units], zero between launches
   Rotation rotation;
   VariantParam variant_params[kMaxVariantParams];
+  TensorMap k_boxes, v_boxes;  // of kernels that copy boxes
 };
 
 }  // namespace fi
