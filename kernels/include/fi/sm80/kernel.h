@@ -79,7 +79,7 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     ptx::cp_async_wait<0>();
     for (int t = 0; t < num_tiles; ++t) {
       Loader::wait(t, smem_q);
-      loader.clear_past_end(t, stage(t));
+      loader.clear_outside(t, stage(t));
       if (kByWarpgroups<S, T> && t == 0) ptx::publish_to_products();  // queries
       __syncthreads();  // every warp has left the stage refilled next, and tile t is whole
       const int next = t + T::kStages - 1;
@@ -282,6 +282,11 @@ __device__ void run_items(const KernelParams& p) {
   constexpr int kAreaAt = most_of(kShared<S, Tiles>.stages...);
   static_assert(kArrivesOne ||
                 kAreaAt + sizeof(MergeArea<Classes>) <= most_of(kShared<S, Tiles>.bytes...));
+  constexpr bool kAnyInBoxes = (kInBoxes<S, Tiles> || ...);
+  if (kAnyInBoxes && ptx::thread_index() == 0) {
+    ptx::prefetch_map(p.k_boxes);
+    ptx::prefetch_map(p.v_boxes);
+  }
   prefetch_item(plan_of(p).first_items + blockIdx.x, current);  // before it is known to exist
   const int first = __ldg(plan_of(p).cta_ptr + blockIdx.x);
   const int end = __ldg(plan_of(p).cta_ptr + blockIdx.x + 1);
@@ -327,7 +332,7 @@ __device__ void run_items(const KernelParams& p) {
         if (ptx::thread_index() == 0) pending.count = 0;  // of a node item, too: requests follow
       }
     }
-    if constexpr ((kInBoxes<S, Tiles> || ...)) ptx::publish_to_products();  // before boxes come
+    if constexpr (kAnyInBoxes) ptx::publish_to_products();  // before boxes come
     __syncthreads();  // shared memory belongs to the next item
   } while (!is_last);
 }

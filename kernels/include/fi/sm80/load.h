@@ -553,17 +553,20 @@ class BoxLoader {
     }
   }
 
-  // Rows of V past the end of a tile's run, which has landed, become zero: what lies there may be
-  // anything, and weights of zero do not hide a NaN. For all threads; a barrier follows.
-  __device__ void clear_past_end(int tile, uint32_t smem) const {
-    const int32_t rows = tiles_.end(tile) - tiles_.begin(tile);
-    if (rows >= T::kKvTile) return;
-    constexpr int kChunks = S::kHeadDimVo * S::kKvBytes / 16;
+  // Rows of V outside of a tile's run, which have landed with the rest, become zero: what lies
+  // there may be anything, and weights of zero do not hide a NaN. For all threads; a barrier
+  // follows.
+  __device__ void clear_outside(int tile, uint32_t smem) const {
+    const int32_t begin = tiles_.begin(tile);
+    const int32_t first = tiles_.first(tile) - begin, end = tiles_.end(tile) - begin;
+    if (first <= 0 && end >= T::kKvTile) return;
+    constexpr int kChunks = kBoxBytes / 16;
     const uint32_t zeros[4] = {};
-    for (int i = rows * 8 + static_cast<int>(ptx::thread_index()); i < T::kKvTile * 8;
+    for (int i = static_cast<int>(ptx::thread_index()); i < T::kKvTile * kChunks;
          i += T::kThreads) {
+      if (i / kChunks >= first && i / kChunks < end) continue;
 #pragma unroll
-      for (int part = 0; part < kChunks / 8; ++part) {
+      for (int part = 0; part < kParts - kPartsK; ++part) {
         ptx::store_shared_16(smem + kPlan.stage_k + part * kPartBytes + i * 16, zeros);
       }
     }
