@@ -79,7 +79,7 @@ class CudaLaunch(SlotLaunch):
         self._kernels = _Kernels(spec, slot.device)
         self._variant = _VariantParams(slot.layer_class, slot.device, slot.longest)
         self._batch: PagedBatch | None = None
-        self._prepared = 0  # page size of the steps whose kernel is loaded
+        self._prepared = (0, True)  # page size of steps whose kernel is loaded; they are plain
         self._num_plans = 0  # plan that was checked, where values are checked
         self._num_tokens = 0  # of that plan; 0: only the device knows
         self._num_requests = 0
@@ -139,11 +139,11 @@ class CudaLaunch(SlotLaunch):
 
     def prepare(self, table: PageTable) -> None:
         """Load the kernel for a page table and aligned tensors: steps come before captures."""
-        if table.page_size == self._prepared:
+        plain = is_plain(table)
+        if (table.page_size, plain) == self._prepared:
             return
-        plain, boxes = self._kernels.choice(table)
-        self._kernels.get(plain, aligned=True, boxes=boxes)
-        self._prepared = table.page_size
+        self._kernels.get(plain, aligned=True, boxes=self._kernels.in_boxes(table))
+        self._prepared = (table.page_size, plain)
 
     def _set_step(self, slot: PlanSlot, k: Tensor) -> None:
         """Take the page table of a step; with FI_CHECK=1, let the next checks see its values."""
@@ -154,10 +154,10 @@ class CudaLaunch(SlotLaunch):
                 self._tensors.forget()
             self._params.table = table_view(batch)
             self._params.page_shift = table.page_size.bit_length() - 1
-            plain, boxes = self._kernels.choice(table)
+            self._plain, boxes = is_plain(table), self._kernels.in_boxes(table)
             if boxes != self._boxes:
                 self._tensors.forget()
-            self._plain, self._boxes = plain, boxes
+            self._boxes = boxes
             self._num_requests = batch.num_requests
             self._batch = batch
         if not slot.checks_values:
@@ -215,11 +215,11 @@ class _Kernels:
         self._loaded: dict[tuple[bool, bool, bool], _core.Kernel] = {}
         self.get(plain=True, aligned=True, boxes=spec.boxes)  # before any capture
 
-    def choice(self, table: PageTable) -> tuple[bool, bool]:
-        """Return whether pages are plain, and whether aligned ones are copied as boxes."""
-        plain, spec = is_plain(table), self._spec
+    def in_boxes(self, table: PageTable) -> bool:
+        """Return whether aligned pages of a table are copied as boxes."""
+        spec = self._spec
         sizes = (spec.head_dim_qk, spec.head_dim_vo, spec.kv_dtype.itemsize, table.page_size)
-        return plain, spec.boxes and plain and _core.fits_boxes(*sizes)
+        return spec.boxes and is_plain(table) and _core.fits_boxes(*sizes)
 
     def get(self, plain: bool, aligned: bool, boxes: bool) -> _core.Kernel:
         """Return a kernel; one that was not used before is compiled, which a capture refuses."""

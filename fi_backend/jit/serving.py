@@ -60,7 +60,7 @@ class Serving:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, int):
+            if isinstance(value, int) and not isinstance(value, bool):
                 require(value > 0, name, "a positive count", value, "pass the engine's setting")
 
     @property

@@ -130,26 +130,23 @@ void bind_kernel_params(py::module_& m) {
 // The tensor maps of caches that differ in addresses alone: those of the layers of a class.
 class CacheMaps {
  public:
-  // The map of a cache that was read from a tensor of four dimensions.
-  const TensorMap& of(const void* data, const TensorShape& tensor) {
-    const auto [at, is_new] = maps_.try_emplace(data);
-    if (is_new) {
-      launch::CacheTensor cache{data, {}, {}, tensor.dtype.bits / 8};
-      std::copy_n(tensor.shape, 4, cache.shape);
-      std::copy_n(tensor.strides, 4, cache.strides);
-      try {
-        at->second = launch::map_of_cache(cache);
-      } catch (...) {
-        maps_.erase(at);
-        throw;
-      }
-    }
-    return at->second;
+  // The map of a cache that was read from a tensor of four dimensions. One without pages has none.
+  TensorMap of(const void* data, const TensorShape& tensor) {
+    if (std::memcmp(&tensor, &shape_, sizeof tensor) != 0 || maps_.size() == kMost) maps_.clear();
+    shape_ = tensor;
+    if (tensor.shape[0] == 0) return {};
+    const auto found = maps_.find(data);
+    if (found != maps_.end()) return found->second;
+    launch::CacheTensor cache{data, {}, {}, tensor.dtype.bits / 8};
+    std::copy_n(tensor.shape, 4, cache.shape);
+    std::copy_n(tensor.strides, 4, cache.strides);
+    return maps_[data] = launch::map_of_cache(cache);
   }
 
-  void clear() { maps_.clear(); }
-
  private:
+  static constexpr std::size_t kMost = 4096;  // layers; more are temporary tensors
+
+  TensorShape shape_{};
   std::unordered_map<const void*, TensorMap> maps_;
 };
 
@@ -179,11 +176,7 @@ class CallTensors {
     return write(params, to, scale, is_partial);
   }
 
-  void forget() {
-    seen_ = {};
-    k_maps_.clear();
-    v_maps_.clear();
-  }
+  void forget() { seen_ = {}; }
 
   bool boxes = false;  // the kernel copies boxes where addresses are aligned: maps are written too
 

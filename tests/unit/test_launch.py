@@ -266,6 +266,13 @@ def test_maps_of_caches_are_made_once_for_each_address(fake_folder: Path) -> Non
         for call in (second, first, second):
             assert seen.take(params, *call, 1.0, False) == 0
         print(*calls(), sep="\\n")
+    k = torch.zeros(50, 16, 2, 128, dtype=torch.bfloat16)
+    q, out = torch.zeros(2, 4, 3, 128, dtype=torch.bfloat16)
+    for cache in (k[:5], k, k.view(50, 2, 16, 128).transpose(1, 2), k[:0]):  # at one address
+        seen.remember(params, q, cache, cache, out, None, 1.0, False)
+    print(*calls(), sep="\\n")
+    seen.remember(params, *first, 1.0, False)
+    fake.fake_forget()
     odd = list(first)
     odd[0] = torch.zeros(4 * 3 * 128 + 1, dtype=torch.bfloat16)[1:].view(4, 3, 128)
     third = tensors(*sizes)
@@ -286,5 +293,8 @@ def test_maps_of_caches_are_made_once_for_each_address(fake_folder: Path) -> Non
         "kv: expected a cache of 5 pages that a tensor map describes, got CUDA_ERROR_OF_TEST: as"
         " the test asked; keep strides below 2^40 bytes"
     )
+    more = bf16.replace("10 5", "10 32")
+    other = more.replace("100 200", "1000 100")  # heads before tokens
     printed = run(fake_folder, script).splitlines()
-    assert printed == [bf16] * 4 + [fp8] * 4 + [refused] * 2
+    assert printed[:-2] == [bf16] * 4 + [fp8] * 4 + [bf16] * 2 + [more] * 2 + [other] * 2
+    assert printed[-2:] == [refused] * 2

@@ -5,8 +5,8 @@
 
 namespace fi {
 
-// CUtensorMap: opaque.
-struct alignas(64) TensorMap {
+// CUtensorMap: opaque. CUDA 13 aligns it to 128 bytes, what reads it asks for 64.
+struct alignas(128) TensorMap {
   uint64_t words[16];
 };
 

@@ -283,9 +283,11 @@ __device__ void run_items(const KernelParams& p) {
   static_assert(kArrivesOne ||
                 kAreaAt + sizeof(MergeArea<Classes>) <= most_of(kShared<S, Tiles>.bytes...));
   constexpr bool kAnyInBoxes = (kInBoxes<S, Tiles> || ...);
-  if (kAnyInBoxes && ptx::thread_index() == 0) {
-    ptx::prefetch_map(p.k_boxes);
-    ptx::prefetch_map(p.v_boxes);
+  if constexpr (kAnyInBoxes) {
+    if (ptx::thread_index() == 0) {
+      ptx::prefetch_map(p.k_boxes);
+      ptx::prefetch_map(p.v_boxes);
+    }
   }
   prefetch_item(plan_of(p).first_items + blockIdx.x, current);  // before it is known to exist
   const int first = __ldg(plan_of(p).cta_ptr + blockIdx.x);

@@ -316,11 +316,9 @@ struct KvTiles {
   __device__ explicit KvTiles(const WorkItem& of, int32_t log_box)
       : item(of),
         log_box(kInBoxes ? log_box : 0),
-        before_hole(ceil_div(of.hole_begin - box_at(of.kv_begin), kKvTile)) {}
+        before_hole(tiles_of(of.kv_begin, of.hole_begin)) {}
 
-  __device__ int32_t count() const {
-    return before_hole + ceil_div(item.kv_end - box_at(item.hole_end), kKvTile);
-  }
+  __device__ int32_t count() const { return before_hole + tiles_of(item.hole_end, item.kv_end); }
   __device__ int32_t begin(int32_t tile) const {
     return box_at(first(tile)) + (tile < before_hole ? tile : tile - before_hole) * kKvTile;
   }
@@ -337,6 +335,11 @@ struct KvTiles {
  private:
   __device__ int32_t box_at(int32_t position) const {
     return kInBoxes ? position >> log_box << log_box : position;
+  }
+  // An empty run has none, wherever it lies.
+  __device__ int32_t tiles_of(int32_t first, int32_t end) const {
+    if (kInBoxes && end <= first) return 0;
+    return ceil_div(end - box_at(first), kKvTile);
   }
 };
 
@@ -525,7 +528,9 @@ class BoxLoader {
     if (tile >= num_tiles_) return -1;
     const int pos = tiles_.begin(tile) + first_row();
     if (first_row() >= T::kKvTile || pos >= tiles_.end(tile)) return -1;
-    return current_.pages[(pos >> p_.page_shift) * p_.table.entry_stride];
+    // An entry below zero is out of contract, but its box must land: as zeros, past all pages.
+    const int32_t page = current_.pages[(pos >> p_.page_shift) * p_.table.entry_stride];
+    return page & 0x7fffffff;
   }
 
   // Starts the copies of a tile whose page ids fetch() brought; past the last one, of none.
