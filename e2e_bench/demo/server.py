@@ -119,6 +119,11 @@ class Server:
         raise ServerFailed(f"no answer within {STARTUP_LIMIT_S:.0f} s: {self.tail}")
 
     @property
+    def lives(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
     def tail(self) -> str:
         """End of the log."""
         return self.log.read_text(errors="replace")[-3000:]

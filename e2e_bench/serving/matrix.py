@@ -73,14 +73,10 @@ class Matrix:
                 continue
             results.describe(self.engine.name, list(self.options))
             results.forget(backend, "failed")
-            try:
-                # Drafting is an option of the server: one for each number of drafts.
-                for drafts in sorted({load.drafts for load in missing.values()}):
-                    part = {name: one for name, one in missing.items() if one.drafts == drafts}
-                    self._measure(backend, part, drafts, results)
-            except ServerFailed as error:
+            reasons = self._measure_all(backend, missing, results)
+            if reasons:
                 failed += 1
-                results.save(backend, "failed", {"why": str(error)})
+                results.save(backend, "failed", {"why": "; ".join(reasons)})
         print(tables.table(results.rows))
         tables.draw(self.out, results.meta, results.rows)
         return failed
@@ -91,9 +87,27 @@ class Matrix:
             print(f"{name} is not run: {reason}", flush=True)
         return reason is None
 
+    def _measure_all(self, backend: str, loads: Mapping[str, Load], results: Results) -> list[str]:
+        """Measure loads on servers of one backend; return why some failed."""
+        reasons: list[str] = []
+        try:
+            # Drafting is an option of the server: one for each number of drafts.
+            for drafts in sorted({load.drafts for load in loads.values()}):
+                part = {name: one for name, one in loads.items() if one.drafts == drafts}
+                reasons += self._measure(backend, part, drafts, results)
+        except ServerFailed as error:
+            reasons.append(str(error))
+        return reasons
+
     def _measure(
         self, backend: str, loads: Mapping[str, Load], drafts: int, results: Results
-    ) -> None:
+    ) -> list[str]:
+        """Measure loads on one server; return why some failed that left the server alive.
+
+        Raises:
+            ServerFailed: the server failed.
+        """
+        reasons: list[str] = []
         environment = self.engine.environment(self.logs)
         server, model = self._server(backend, drafts, environment)
         name, row = split_backend(backend)[0], SERVER + _suffix(drafts)
@@ -102,12 +116,19 @@ class Matrix:
             results.save(backend, row, self._facts(server, results, backend, row))
             for load_name, load in loads.items():
                 started, before = time.monotonic(), self._counts(server, name)
-                found = self.engine.drive(server, model, load, environment)
+                try:
+                    found = self.engine.drive(server, model, load, environment)
+                except ServerFailed as error:
+                    if not server.lives:
+                        raise
+                    reasons.append(f"{load_name}: {error}")
+                    continue
                 found["wall_s"] = round(time.monotonic() - started, 1)
                 after = self._counts(server, name)
                 results.save(
                     backend, load_name, found | {key: after[key] - before[key] for key in after}
                 )
+        return reasons
 
     def _server(
         self, backend: str, drafts: int, environment: Mapping[str, str]

@@ -168,6 +168,7 @@ class Played:
 
     def __init__(self, log: Path) -> None:
         self.log, self.options, self.ready_s, self.calls = log, ["--a"], 1.0, 0
+        self.lives = True
         log.write_text("GPU KV cache size: 1,234 tokens")
 
     def __enter__(self) -> Played:
@@ -181,12 +182,13 @@ class Played:
 
 
 class PlayedVllm(Vllm):
-    """Answers at once; a load named in ``broken`` fails."""
+    """Answers at once; a load named in ``broken`` fails, with its server where ``ends`` is set."""
 
     def __init__(self) -> None:
         self.servers: list[tuple[str, Mapping[str, str], int | None]] = []
         self.driven: list[Load] = []
         self.broken: Load | None = None
+        self.ends = False
 
     def server(self, *given: Any) -> Any:
         _, backend, log, environment, length = given
@@ -195,6 +197,7 @@ class PlayedVllm(Vllm):
 
     def drive(self, server: Any, model: Path, load: Load, environment: Any) -> dict[str, Any]:
         if load is self.broken:
+            server.lives = not self.ends
             raise ServerFailed("the client fell over")
         self.driven.append(load)
         return {"output_throughput": 100.0 + len(self.driven), "median_itl_ms": 2.5}
@@ -225,7 +228,8 @@ def test_a_matrix_measures_and_goes_on(
 ) -> None:
     engine.broken = LOADS["shared8k"]
     assert make(engine, tmp_path, "CUSTOM FI_SHARING=0").run() == 1
-    assert "CUSTOM FI_SHARING=0 failed: the client fell over" in capsys.readouterr().out
+    said = "CUSTOM FI_SHARING=0 failed: shared8k: the client fell over"
+    assert said in capsys.readouterr().out
     name, environment, length = engine.servers[0]
     assert (name, environment["FI_SHARING"], length) == ("CUSTOM", "0", (8192 + 256 + 128) * 5 // 4)
     engine.broken = None
@@ -246,6 +250,19 @@ def test_a_matrix_measures_and_goes_on(
     page = (tmp_path / "out.html").read_text()
     assert "<td>FLASH_ATTN</td><td>103</td>".replace("><", ">\n<") in page
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_loads_behind_one_that_fails_are_measured_while_the_server_lives(
+    engine: PlayedVllm, tmp_path: Path, ends: bool
+) -> None:
+    engine.broken, engine.ends = LOADS["mixed1k"], ends
+    one = make(engine, tmp_path, "CUSTOM", "FLASH_ATTN")
+    assert one.run() == 2
+    assert engine.driven == ([] if ends else [LOADS["shared8k"]] * 2)
+    rows = [row for row in json.loads(one.out.read_text())["rows"] if row["workload"] == "failed"]
+    why = "the client fell over" if ends else "mixed1k: the client fell over"
+    assert [(row["backend"], row["why"]) for row in rows] == [("CUSTOM", why), ("FLASH_ATTN", why)]
 
 
 def test_drafts_have_a_server_of_their_own(
