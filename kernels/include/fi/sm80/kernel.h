@@ -120,6 +120,8 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     load_units<S, T, Classes>(p, item, rows, smem);
     state.clear();
     for (int t = 0; t < num_tiles; ++t) {
+      TileRotation<S, V, T> rotation(p, current, rows, smem_q);
+      rotation.fetch(tiles, t);  // while the tile is on its way
       ptx::cp_async_wait<T::kStages - 2>();
       if constexpr (kByWarpgroups<S, T>) ptx::publish_to_products();
       __syncthreads();  // tile t has landed, and every warp has left the stage refilled next
@@ -127,9 +129,7 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
       loader.load(next, stage(next));
       ptx::cp_async_commit();
       const int32_t page = loader.fetch(next + 1);
-      if constexpr (V::kTurns) {
-        Rotator<S, V, T>(p, current, rows, smem_q).turn(tiles, t, stage(t));
-      }
+      rotation.turn(tiles, t, stage(t));
       multiply(t, tiles.begin(t), tiles.first(t), tiles.end(t));
       loader.publish(next + 1, page);
     }
