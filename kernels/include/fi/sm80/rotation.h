@@ -58,7 +58,6 @@ class Rotator {
   // kBySteps. For all threads; a barrier before and after.
   __device__ void turn(const KvTiles<T::kKvTile, false>& tiles, int t, uint32_t smem_k,
                        Angles& angles) const {
-    const Rotation& rotation = p_.rotation;
     const TurnedRows rows = rows_of(tiles, t);
     const bool has_sinks = rows.has_sinks;
     const int base = V::kRolls ? gone_before(current_.box.q_pos_min) : 0;
