@@ -90,22 +90,22 @@ class Matrix:
     def _measure_all(self, backend: str, loads: Mapping[str, Load], results: Results) -> list[str]:
         """Measure loads on servers of one backend; return why some failed."""
         reasons: list[str] = []
-        try:
-            # Drafting is an option of the server: one for each number of drafts.
-            for drafts in sorted({load.drafts for load in loads.values()}):
-                part = {name: one for name, one in loads.items() if one.drafts == drafts}
+        # Drafting is an option of the server: one for each number of drafts.
+        for drafts in sorted({load.drafts for load in loads.values()}):
+            part = {name: one for name, one in loads.items() if one.drafts == drafts}
+            try:
                 reasons += self._measure(backend, part, drafts, results)
-        except ServerFailed as error:
-            reasons.append(str(error))
+            except ServerFailed as error:
+                reasons.append(str(error))
         return reasons
 
     def _measure(
         self, backend: str, loads: Mapping[str, Load], drafts: int, results: Results
     ) -> list[str]:
-        """Measure loads on one server; return why some failed that left the server alive.
+        """Measure loads on one server, as long as it lives; return why some failed.
 
         Raises:
-            ServerFailed: the server failed.
+            ServerFailed: it did not start.
         """
         reasons: list[str] = []
         environment = self.engine.environment(self.logs)
@@ -119,10 +119,10 @@ class Matrix:
                 try:
                     found = self.engine.drive(server, model, load, environment)
                 except ServerFailed as error:
-                    if not server.lives:
-                        raise
                     reasons.append(f"{load_name}: {error}")
-                    continue
+                    if server.lives:
+                        continue
+                    break
                 found["wall_s"] = round(time.monotonic() - started, 1)
                 after = self._counts(server, name)
                 results.save(

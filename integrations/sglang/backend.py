@@ -45,10 +45,10 @@ class FiAttentionBackend(base_attn_backend.AttentionBackend):
         self.max_context_len = runner.model_config.context_len
         self._drafts = num_draft_tokens(runner)
         topk = setting(runner, "spec", "speculative_eagle_topk") if self._drafts else 1
-        modules = attention_modules(runner.model)
+        self._has_encoders = runner.model_config.is_encoder_decoder
+        modules = attention_modules(runner.model, with_encoders=not self._has_encoders)
         reasons = support.runner_reasons(runner)
         self._looks_ahead = support.looks_ahead(runner.model_config)
-        self._has_encoders = runner.model_config.is_encoder_decoder
         for module in modules:
             reasons += self._reasons_against(module, verifies_trees=(topk or 1) > 1)
         support.refuse(reasons)
@@ -215,7 +215,7 @@ class FiAttentionBackend(base_attn_backend.AttentionBackend):
         if getattr(fb, "cross_attention_custom_mask", None) is not None:
             what = "cross_attention_custom_mask"
             support.refuse([sentence(what, "unset", "a mask", support.KEEP_SGLANG)])
-        if fb.encoder_lens is None:  # no request of the step has one
+        if fb.encoder_lens is None:  # dummies of a prefill graph
             return torch.zeros_like(fb.seq_lens[: fb.batch_size])
         lens: Tensor = fb.encoder_lens[: fb.batch_size]
         return lens.to(fb.seq_lens.dtype)

@@ -22,15 +22,23 @@ MAIN_TABLE, WINDOW_TABLE, ENCODER_TABLE = 0, 1, 1
 SINKS = ("sinks", "attention_sink_bias")
 
 
-def attention_modules(model: Any) -> dict[Any, Tensor | None]:
-    """Return the RadixAttention modules of a model in its order, each with its sinks or None."""
+def attention_modules(model: Any, *, with_encoders: bool) -> dict[Any, Tensor | None]:
+    """Return the RadixAttention modules of a model in its order, each with its sinks or None.
+
+    Args:
+        model: SGLang's.
+        with_encoders: those of encoders too. Beside a decoder (Whisper) they are there, but attend
+            without the backend: they need no plan.
+    """
     from sglang.srt.layers.radix_attention import RadixAttention
 
     found: dict[Any, Tensor | None] = {}
     for parent in model.modules():
         sinks = next((s for n in SINKS if (s := getattr(parent, n, None)) is not None), None)
         for module in parent.children():
-            if isinstance(module, RadixAttention):
+            if not isinstance(module, RadixAttention):
+                continue
+            if with_encoders or support.attn_type(module) != support.ENCODER_ONLY:
                 found[module] = sinks
     return found
 

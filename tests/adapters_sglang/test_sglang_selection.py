@@ -126,6 +126,12 @@ def test_temperatures_chunks_and_strange_cross_attention_are_refused() -> None:
     ]
 
 
+def test_window_pools_beside_encoders_are_refused() -> None:
+    asked = runner([Layer(sees_encoders=True), Layer(window=9, in_window_pool=True)])
+    with pytest.raises(Unsupported, match="expected MHATokenToKVPool beside an encoder, got SWAKV"):
+        FiAttentionBackend(asked)
+
+
 def test_head_major_caches_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_USE_HND_KVCACHE", "1")
     with pytest.raises(Unsupported, match=r"SGLANG_USE_HND_KVCACHE: expected 0 \(slots of one"):

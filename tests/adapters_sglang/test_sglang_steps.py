@@ -129,6 +129,26 @@ def test_texts_look_at_their_encoders(page: int) -> None:
     assert (a.length, b.length) == (45, 6)
 
 
+def test_steps_without_encoder_lengths_have_none() -> None:
+    world = World([Layer(), Layer(sees_encoders=True)])
+    world.request()
+    batch = world.batch({0: 7}, ForwardMode.EXTEND)
+    batch.encoder_lens = None
+    world.backend.init_forward_metadata(batch)
+    for index in range(2):
+        world.run(batch, index)
+
+
+def test_an_encoder_beside_a_decoder_is_not_planned_until_it_is_run() -> None:
+    layers = [Layer(attn_type=AttentionType.ENCODER_ONLY), Layer(), Layer(sees_encoders=True)]
+    world = World(layers)
+    own = [parent.attn for parent in world.runner.model.parents]
+    assert list(world.backend._layers) == own[1:]
+    world.request(encoder=12)
+    world.step({0: 9})
+    assert list(world.backend._layers) == [*own[1:], own[0]]
+
+
 def test_a_mask_over_the_encoder_is_refused() -> None:
     world = World([Layer(), Layer(sees_encoders=True)])
     world.request(encoder=9)
