@@ -35,7 +35,7 @@ void bind_sm80(py::module_& m) {
         for (const auto& [rows, kv_tile, stages] : tiles) {
           const auto plan =
               sm80::plan_shared(head_dim_qk, head_dim_vo, kv_bytes, rows, kv_tile, stages, warps,
-                                boxes && kv_tile % sm80::kMostBoxTokens == 0);
+                                boxes && sm80::takes_boxes(rows, kv_tile));
           bytes = std::max(bytes, plan.bytes);
         }
         return bytes;

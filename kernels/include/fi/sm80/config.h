@@ -104,6 +104,13 @@ constexpr int kRowInfoBytes = 24;    // sizeof(VariantRow)
 constexpr int kRowOffsetBytes = 16;  // sizeof(RowOffsets)
 constexpr int kStaticBytes = 384;    // what a kernel declares beside, at most (kernel.h)
 
+// Whether tiles of a class come as boxes where the cache allows it. They hold whole ones, and few
+// query rows: those of many wait for products, and are slower with boxes (pre.b1.4k by 7 %).
+constexpr int kMostBoxRows = 16;
+FI_HOST_DEVICE constexpr bool takes_boxes(int rows, int kv_tile) {
+  return rows <= kMostBoxRows && kv_tile % kMostBoxTokens == 0;
+}
+
 // in_boxes: K and V rows lie as boxes leave them, parts of kBoxBytes of all rows one after the
 // other. That takes no more than padded rows do.
 FI_HOST_DEVICE constexpr SharedPlan plan_shared(int head_dim_qk, int head_dim_vo, int kv_bytes,
@@ -129,9 +136,8 @@ FI_HOST_DEVICE constexpr SharedPlan plan_shared(int head_dim_qk, int head_dim_vo
   return s;
 }
 
-// Whether tiles of a class come as boxes; they hold whole ones.
 template <class S, class T>
-constexpr bool kInBoxes = S::kBoxes && T::kKvTile % kMostBoxTokens == 0;
+constexpr bool kInBoxes = S::kBoxes && takes_boxes(T::kRows, T::kKvTile);
 
 template <class S, class T>
 constexpr SharedPlan kShared = plan_shared(S::kHeadDimQk, S::kHeadDimVo, S::kKvBytes, T::kRows,
