@@ -69,16 +69,22 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def draw(out: Path, meta: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Write ``out`` with the endings .png and .html; nothing where nothing was measured."""
+    """Write ``out`` with the endings .png and .html; nothing where nothing was measured.
+
+    A picture that cannot be drawn is missed with a line.
+    """
     loads = measured(rows)
     if not loads:
         return
     picture = b""
-    if importlib.util.find_spec("matplotlib"):
-        picture = _picture(loads, "png")
-        out.with_suffix(".png").write_bytes(picture)
-    else:
+    if not importlib.util.find_spec("matplotlib"):
         print(f"no picture: matplotlib is not installed; the same command elsewhere draws {out}")
+    else:
+        try:
+            picture = _picture(loads, "png")
+            out.with_suffix(".png").write_bytes(picture)
+        except Exception as error:  # figures are worth more
+            print(f"no picture: {error!r}; the figures are in {out}")
     out.with_suffix(".html").write_text(_page(meta, rows, picture))
 
 
@@ -102,8 +108,10 @@ def _picture(loads: Sequence[tuple[str, Sequence[Row]]], form: str) -> bytes:
 
 def _draw_loads(axes: Any, loads: Sequence[tuple[str, Sequence[Row]]]) -> None:
     for (title, found), line in zip(loads, axes, strict=True):
-        # Of several samples a prompt a client times no single gaps.
-        gap = "itl" if "median_itl_ms" in found[0] else "tpot"
+        # Of several samples a prompt a client times no single gaps, and SGLang under load hands
+        # tokens on in bunches: a median of gaps says nothing then.
+        times_gaps = "median_itl_ms" in found[0] and found[0]["engine"] != "sglang"
+        gap = "itl" if times_gaps else "tpot"
         pictures = (
             ("output_throughput", "tokens per second"),
             (f"median_{gap}_ms", f"median {gap.upper()}, ms"),

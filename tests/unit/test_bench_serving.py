@@ -317,3 +317,17 @@ def test_bad_names(
 def test_nothing_measured_draws_nothing(tmp_path: Path) -> None:
     figures.draw(tmp_path / "o.json", HEADER, [])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_figures_outlive_a_picture_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise AttributeError("a broken matplotlib")
+
+    monkeypatch.setattr(figures, "_picture", fail)
+    row = {"engine": "vllm", "shape": "tiny", "backend": "CUSTOM", "workload": "mixed1k"}
+    figures.draw(tmp_path / "o.json", HEADER, [{**row, "output_throughput": 1234.5}])
+    assert [path.name for path in tmp_path.iterdir()] == ["o.html"]
+    assert "1,234" in (tmp_path / "o.html").read_text()
+    assert "no picture: AttributeError('a broken matplotlib')" in capsys.readouterr().out
