@@ -337,6 +337,7 @@ def sm80_tiles(
     max_q_len: int,
     max_requests: int,
     max_shared_bytes_per_sm: int = 233472,
+    boxes: bool = False,
 ) -> KernelTiles: ...
 def sm80_shared_bytes(
     head_dim_qk: int,

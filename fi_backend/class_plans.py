@@ -73,6 +73,12 @@ def plan_class(
         if capacity.max_nodes > 0 and layer_class.shares:
             q_len = tile_q_len(q_len, layer_class.heads)
         gpu = _gpu_size(device)
+        boxes = gpu.copies_boxes and takes_boxes(
+            layer_class.heads,
+            layer_class.cache_dtype,
+            layer_class.variant,
+            MAX_KV_LEN if page_size is None else page_size,
+        )
         spec = attention_spec(
             layer_class.heads,
             layer_class.dtype,
@@ -81,16 +87,10 @@ def plan_class(
             max_q_len=q_len,
             max_requests=capacity.max_requests,
             has_nodes=capacity.max_nodes > 0,
-            boxes=gpu.copies_boxes
-            and takes_boxes(
-                layer_class.heads,
-                layer_class.cache_dtype,
-                layer_class.variant,
-                MAX_KV_LEN if page_size is None else page_size,
-            ),
+            boxes=boxes,
             max_shared_bytes_per_sm=gpu.shared_bytes_per_sm,
         )
-        classes = _tile_classes(layer_class, q_len, capacity.max_requests, gpu)
+        classes = _tile_classes(layer_class, q_len, capacity.max_requests, gpu, boxes=boxes)
         count = num_ctas or spec.ctas_per_sm * gpu.num_sms
     else:
         spec, classes = None, _core.cpu_tile_classes()
@@ -120,7 +120,7 @@ def _gpu_size(device: torch.device) -> _GpuSize:
 
 
 def _tile_classes(
-    layer_class: LayerClass, max_q_len: int, max_requests: int, gpu: _GpuSize
+    layer_class: LayerClass, max_q_len: int, max_requests: int, gpu: _GpuSize, *, boxes: bool
 ) -> list[_core.TileClass]:
     heads = layer_class.heads
     tiles = _core.sm80_tiles(
@@ -130,6 +130,7 @@ def _tile_classes(
         max_q_len,
         max_requests,
         gpu.shared_bytes_per_sm,
+        boxes,
     )
     return tiles.classes
 

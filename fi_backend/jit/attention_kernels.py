@@ -98,6 +98,7 @@ def attention_spec(
         max_q_len,
         max_requests,
         max_shared_bytes_per_sm,
+        boxes,
     )
     tiles = tuple(
         (c.rows, c.kv_tile, stages) for c, stages in zip(table.classes, table.stages, strict=True)

@@ -103,14 +103,19 @@ def _attention_kernels(shape: ModelShape, serving: Serving) -> Iterator[DeviceKe
             max_requests=serving.max_requests,
             has_nodes=shares,
             plain_pages=serving.plain_pages,
-            boxes=serving.copies_boxes
-            and serving.plain_pages
-            and takes_boxes(
-                heads, serving.kv_dtype or shape.dtype, shape.variant, serving.page_size
-            ),
+            boxes=_takes_boxes(shape, serving),
             max_shared_bytes_per_sm=serving.max_shared_bytes_per_sm,
         )
         yield attention_kernel(spec)
+
+
+def _takes_boxes(shape: ModelShape, serving: Serving) -> bool:
+    heads, kv_dtype = shape.heads_of_rank(serving.tensor_parallel), serving.kv_dtype or shape.dtype
+    return (
+        serving.copies_boxes
+        and serving.plain_pages
+        and takes_boxes(heads, kv_dtype, shape.variant, serving.page_size)
+    )
 
 
 def _planner_kernels(shape: ModelShape, serving: Serving) -> Iterator[DeviceKernel]:
@@ -124,6 +129,7 @@ def _planner_kernels(shape: ModelShape, serving: Serving) -> Iterator[DeviceKern
             tile_q_len(q_len, heads) if shares else q_len,
             serving.max_requests,
             serving.max_shared_bytes_per_sm,
+            _takes_boxes(shape, serving),
         )
         capacity = _capacity(serving, q_len)
         if shares:

@@ -21,12 +21,13 @@ void bind_sm80(py::module_& m) {
   m.def(
       "sm80_tiles",
       [](int32_t head_dim_qk, int32_t head_dim_vo, int32_t kv_bytes, int32_t group_size,
-         int32_t max_q_len, int32_t max_requests, int32_t max_shared_bytes_per_sm) {
+         int32_t max_q_len, int32_t max_requests, int32_t max_shared_bytes_per_sm, bool boxes) {
         return host::sm80_tiles({head_dim_qk, head_dim_vo, kv_bytes, group_size, max_q_len,
-                                 max_requests, max_shared_bytes_per_sm});
+                                 max_requests, max_shared_bytes_per_sm, boxes});
       },
       py::arg("head_dim_qk"), py::arg("head_dim_vo"), py::arg("kv_bytes"), py::arg("group_size"),
-      py::arg("max_q_len"), py::arg("max_requests"), py::arg("max_shared_bytes_per_sm") = 233472);
+      py::arg("max_q_len"), py::arg("max_requests"), py::arg("max_shared_bytes_per_sm") = 233472,
+      py::arg("boxes") = false);
   m.def(
       "sm80_shared_bytes",
       [](int32_t head_dim_qk, int32_t head_dim_vo, int32_t kv_bytes,

@@ -22,7 +22,7 @@ struct TileRow {
 // Of equal `rows` the first that fits is taken.
 constexpr TileRow kSm80Tiles[] = {
     // Decode: bound by memory. Three CTAs a SM hide each other's softmax.
-    {64, 16, 128, 2, 4, 3, 290, 190},  // at most 168 registers, 77 KB
+    {64, 16, 128, 2, 4, 3, 290, 190},  // at most 168 registers; 70 KB in boxes, 80 without
     {128, 16, 64, 2, 4, 3, 290, 190},  // at most 168 registers, 76 KB
     {192, 16, 64, 2, 4, 2, 290, 230},  // shared memory: 95 KB
     {256, 16, 64, 3, 4, 1, 290, 190},  // shared memory: 214 KB
@@ -41,10 +41,12 @@ constexpr int32_t kMinStages = 2;
 
 // What a CTA takes of a SM's shared memory: the system's share and the static part come on top.
 int32_t cta_bytes(const KernelShape& shape, const TileRow& row, int32_t stages, int32_t warps) {
-  constexpr int32_t kReservedBytes = 1024 + sm80::kStaticBytes;
-  return kReservedBytes + sm80::plan_shared(shape.head_dim_qk, shape.head_dim_vo, shape.kv_bytes,
-                                            row.rows, row.kv_tile, stages, warps)
-                              .bytes;
+  // Boxes lie at multiples of an atom, behind the static part.
+  const bool in_boxes = shape.boxes && sm80::takes_boxes(row.rows, row.kv_tile);
+  const int32_t reserved = 1024 + (in_boxes ? sm80::kBoxAtom : sm80::kStaticBytes);
+  return reserved + sm80::plan_shared(shape.head_dim_qk, shape.head_dim_vo, shape.kv_bytes,
+                                      row.rows, row.kv_tile, stages, warps, in_boxes)
+                        .bytes;
 }
 
 std::vector<TileRow> tiles_that_fit(const KernelShape& shape) {

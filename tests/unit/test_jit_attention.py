@@ -19,6 +19,7 @@ from fi_backend.jit.attention_kernels import (
     takes_boxes,
 )
 from fi_backend.jit.headers import INCLUDE_ROOT
+from fi_backend.jit.kernels import HOPPER_SHARED_BYTES
 from fi_backend.variants import Scalar, Variant, shipped
 from fi_backend.variants.source_text import device_structs, device_variant
 
@@ -87,6 +88,25 @@ def test_boxes_are_named_and_take_no_more_memory() -> None:
     decode = replace(PLAIN, tiles=((16, 64, 2),), decodes=True)
     boxes = attention_kernel(replace(decode, boxes=True))
     assert boxes.shared_bytes < attention_kernel(decode).shared_bytes
+
+
+def test_boxes_leave_decodes_of_dimension_64_room_for_a_third_cta() -> None:
+    def ctas(*, boxes: bool) -> int:
+        spec = attention_spec(
+            HeadShape(32, 8, 64),
+            torch.bfloat16,
+            torch.bfloat16,
+            None,
+            max_q_len=1,
+            max_requests=256,
+            has_nodes=False,
+            boxes=boxes,
+        )
+        shared = attention_kernel(spec).shared_bytes
+        assert spec.ctas_per_sm * (shared + 1024 + 384) <= HOPPER_SHARED_BYTES
+        return spec.ctas_per_sm
+
+    assert (ctas(boxes=False), ctas(boxes=True)) == (2, 3)
 
 
 def test_boxes_are_of_whole_rows_of_128_bytes_and_of_8_tokens() -> None:
