@@ -77,14 +77,14 @@ def draw(out: Path, meta: Mapping[str, Any], rows: Sequence[Row]) -> None:
     if not loads:
         return
     picture = b""
-    if not importlib.util.find_spec("matplotlib"):
-        print(f"no picture: matplotlib is not installed; the same command elsewhere draws {out}")
-    else:
+    if importlib.util.find_spec("matplotlib"):
         try:
             picture = _picture(loads, "png")
             out.with_suffix(".png").write_bytes(picture)
-        except Exception as error:  # figures are worth more
+        except Exception as error:  # whatever breaks matplotlib: figures are worth more
             print(f"no picture: {error!r}; the figures are in {out}")
+    else:
+        print(f"no picture: matplotlib is not installed; the same command elsewhere draws {out}")
     out.with_suffix(".html").write_text(_page(meta, rows, picture))
 
 
@@ -108,13 +108,11 @@ def _picture(loads: Sequence[tuple[str, Sequence[Row]]], form: str) -> bytes:
 
 def _draw_loads(axes: Any, loads: Sequence[tuple[str, Sequence[Row]]]) -> None:
     for (title, found), line in zip(loads, axes, strict=True):
-        # Of several samples a prompt a client times no single gaps, and SGLang under load hands
-        # tokens on in bunches: a median of gaps says nothing then.
-        times_gaps = "median_itl_ms" in found[0] and found[0]["engine"] != "sglang"
-        gap = "itl" if times_gaps else "tpot"
+        # Not ITL: of several samples a prompt a client times no gaps, and tokens that come in
+        # bunches have a median that is far below the time of a step.
         pictures = (
             ("output_throughput", "tokens per second"),
-            (f"median_{gap}_ms", f"median {gap.upper()}, ms"),
+            ("median_tpot_ms", "median TPOT, ms"),
         )
         for (key, unit), axis in zip(pictures, line, strict=True):
             shown = [row for row in found if row.get(key) is not None]
@@ -138,7 +136,7 @@ def _page(meta: Mapping[str, Any], rows: Sequence[Row], picture: bytes) -> str:
     ]
     if picture:
         data = base64.b64encode(picture).decode()
-        parts.append(f"<img alt='tokens per second and ITL' src='data:image/png;base64,{data}'>")
+        parts.append(f"<img alt='tokens per second and TPOT' src='data:image/png;base64,{data}'>")
     names = ["backend", *(name for name, _ in COLUMNS), "saved"]
     for title, found in measured(rows):
         parts.append(f"<h2>{html.escape(title)}</h2><table><tr>")

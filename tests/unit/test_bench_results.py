@@ -234,16 +234,17 @@ def test_picture_of_servers(tmp_path: Path) -> None:
             "backend": backend,
             "workload": "mixed1k",
             "output_throughput": 100.0,
-            "median_itl_ms": itl,
+            "median_itl_ms": 0.5,
+            "median_tpot_ms": tpot,
         }
-        for backend, itl in (("CUSTOM", 7.0), ("TRITON_ATTN", 9.0))
+        for backend, tpot in (("CUSTOM", 7.25), ("TRITON_ATTN", 9.5))
     ]
     paths = [tmp_path / "a.svg", tmp_path / "b.svg"]
     for path in paths:
         figures.draw_svg(path, rows)
     text = paths[0].read_text()
     assert text == paths[1].read_text()
-    for word in ("CUSTOM", "TRITON_ATTN", "vllm · llama · mixed1k"):
+    for word in ("CUSTOM", "TRITON_ATTN", "vllm · llama · mixed1k", "7.25", "9.5"):
         assert f"<!-- {word}" in text
 
 
