@@ -50,13 +50,8 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
   };
   const WarpLoop<S, V, T> loop(p, current, rows);
   WarpState<S, T> state;
-  const auto multiply = [&](int t, int begin, int first, int end) {
-    const uint32_t products = kByWarpgroups<S, T> ? shared_of_products() : smem_q;
-    loop.tile(products, products + kPlan.stages + t % T::kStages * kPlan.stage_bytes, begin, first,
-              end, state);
-  };
   if constexpr (kInBoxes<S, T>) {
-    static_assert(!V::kTurns);
+    static_assert(!V::kTurns && !kByWarpgroups<S, T>);
     using Loader = BoxLoader<S, T, Classes::template kHoldsBlock<T>>;
     const Loader loader(p, current);
     const auto& tiles = loader.tiles();
@@ -80,12 +75,11 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     for (int t = 0; t < num_tiles; ++t) {
       Loader::wait(t, smem_q);
       loader.clear_outside(t, stage(t));
-      if (kByWarpgroups<S, T> && t == 0) ptx::publish_to_products();  // queries
       __syncthreads();  // every warp has left the stage refilled next, and tile t is whole
       const int next = t + T::kStages - 1;
       loader.load(next, page, stage(next), Loader::landing(next, smem_q));
       page = loader.fetch(next + 1);
-      multiply(t, tiles.begin(t), tiles.first(t), tiles.end(t));
+      loop.tile(smem_q, stage(t), tiles.begin(t), tiles.first(t), tiles.end(t), state);
     }
     __syncthreads();
     if (ptx::thread_index() == T::kThreads - 1) Loader::end(smem_q);
@@ -130,7 +124,9 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
       ptx::cp_async_commit();
       const int32_t page = loader.fetch(next + 1);
       rotation.turn(tiles, t, stage(t));
-      multiply(t, tiles.begin(t), tiles.first(t), tiles.end(t));
+      const uint32_t products = kByWarpgroups<S, T> ? shared_of_products() : smem_q;
+      loop.tile(products, products + kPlan.stages + t % T::kStages * kPlan.stage_bytes,
+                tiles.begin(t), tiles.first(t), tiles.end(t), state);
       loader.publish(next + 1, page);
     }
     ptx::cp_async_wait<0>();
