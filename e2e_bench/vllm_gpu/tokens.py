@@ -1,7 +1,9 @@
 """Greedy tokens of vLLM on a GPU with this backend, compared with those of vLLM's own backends.
 
 ``python -m e2e_bench.vllm_gpu.tokens --out tokens.json`` runs every case of ``runs``, several
-engines beside each other, prints one JSON line per case and ends with 1 unless all agree.
+engines beside each other, prints one JSON line per case and ends with 1 unless all agree. The file
+grows by each case. Run again, the same command goes on: cases that agreed on the same GPU, with the
+same kernels, planner and versions, stay as they are.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from e2e_bench.vllm_gpu.runs import Case, Run, cases
 
 Result = dict[str, Any]
 LOG_END_CHARS = 1500
+# What of a header says that an earlier run's cases need not run again.
+SAME = ("gpu", "kernels_hash", "planner_hash", "versions")
 
 
 def runs_of(wanted: Iterable[Case]) -> list[Run]:
@@ -128,12 +132,12 @@ def report(case: Case, results: dict[str, Result]) -> Result:
 
 
 class Board:
-    """Collects results and prints each case as soon as its runs are done."""
+    """Collects results, prints and keeps each case as soon as its runs are done."""
 
-    def __init__(self, wanted: list[Case]) -> None:
+    def __init__(self, wanted: list[Case], keep: Callable[[Result], None]) -> None:
         self.waiting = list(wanted)
         self.results: dict[str, Result] = {}
-        self.lines: list[Result] = []
+        self._keep = keep
         self._lock = threading.Lock()
 
     def add(self, run: Run, result: Result) -> None:
@@ -143,13 +147,58 @@ class Board:
             for case in list(self.waiting):
                 if all(one.name in self.results for one in runs_of([case])):
                     self.waiting.remove(case)
-                    self.lines.append(report(case, self.results))
-                    print(json.dumps(self.lines[-1]), flush=True)
+                    line = report(case, self.results)
+                    print(json.dumps(line), flush=True)
+                    self._keep(line)
 
 
-def run_cases(wanted: list[Case], runner: Runner, jobs: int) -> list[Result]:
-    """Return the outcomes of cases, running each engine once."""
-    board, runs = Board(wanted), runs_of(wanted)
+class Record:
+    """The file of results: a line per case, on disk as soon as it is known.
+
+    Goes on from the file's earlier run, where that was made by the same kernels, planner and
+    versions on the same GPU.
+    """
+
+    def __init__(self, path: Path, header: Result) -> None:
+        self.path = path
+        self.header = header
+        self.lines: list[Result] = []
+        self._earlier_s = 0.0
+        self._started = time.monotonic()
+        if not path.exists():
+            return
+        before = json.loads(path.read_text())
+        if all(before["meta"].get(name) == header.get(name) for name in SAME):
+            self.lines = before["cases"]
+            self._earlier_s = before["summary"]["seconds"]
+
+    @property
+    def summary(self) -> Result:
+        """How many cases there are, which of them failed, and how long all runs together took."""
+        seconds = self._earlier_s + time.monotonic() - self._started
+        failed = [line["case"] for line in self.lines if not line["ok"]]
+        return {"cases": len(self.lines), "failed": failed, "seconds": round(seconds, 1)}
+
+    def missing(self, wanted: list[Case]) -> list[Case]:
+        """Return the cases that have not agreed yet."""
+        agreed = {line["case"] for line in self.lines if line["ok"]}
+        return [case for case in wanted if case.ours.name not in agreed]
+
+    def add(self, line: Result) -> None:
+        """Take one case's outcome, in place of an earlier one, and write the file."""
+        self.lines = [other for other in self.lines if other["case"] != line["case"]] + [line]
+        results = {"meta": self.header, "summary": self.summary, "cases": self.lines}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole = self.path.with_suffix(".tmp")
+        whole.write_text(json.dumps(results, indent=1) + "\n")
+        whole.replace(self.path)
+
+
+def run_cases(
+    wanted: list[Case], runner: Runner, jobs: int, keep: Callable[[Result], None]
+) -> None:
+    """Give ``keep`` the outcome of each case, running each engine once."""
+    board, runs = Board(wanted, keep), runs_of(wanted)
     for model in dict.fromkeys(run.model for run in runs):
         make_small(model)
     with ThreadPoolExecutor(jobs) as pool:
@@ -162,7 +211,6 @@ def run_cases(wanted: list[Case], runner: Runner, jobs: int) -> list[Result]:
     for run in runs:
         if run.alone:
             board.add(run, runner.run(run))
-    return board.lines
 
 
 def main() -> int:
@@ -182,23 +230,15 @@ def main() -> int:
         if case.ours.gpus <= args.gpus
         and any(fnmatch.fnmatch(case.ours.name, pattern) for pattern in args.only)
     ]
-    started = time.monotonic()
+    record = Record(args.out, run_header("vllm"))
+    missing = record.missing(wanted)
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        runner = Runner(folder, started + args.limit_s, args.run_limit_s)
-        lines = run_cases(wanted, runner, args.jobs)
-    failed = [line["case"] for line in lines if not line["ok"]]
-    summary = {
-        "cases": len(lines),
-        "failed": failed,
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    print(json.dumps(summary), flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    results = {"meta": run_header("vllm"), "summary": summary, "cases": lines}
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
-    return 1 if failed or not lines else 0
+        runner = Runner(folder, time.monotonic() + args.limit_s, args.run_limit_s)
+        run_cases(missing, runner, args.jobs, record.add)
+    print(json.dumps(record.summary), flush=True)
+    return 1 if record.summary["failed"] or not record.lines else 0
 
 
 if __name__ == "__main__":

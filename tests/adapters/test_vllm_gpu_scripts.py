@@ -76,12 +76,13 @@ def result(backend: str, forwards: int) -> dict[str, Any]:
 def test_report_wants_evidence_that_ours_ran(capsys: pytest.CaptureFixture[str]) -> None:
     ours, theirs, other = (Run(n, "m", b) for n, b in (("a", OURS), ("b", "B"), ("c", "C")))
     case = Case(ours, theirs, (theirs, other), ("steps", "forwards"))
-    board = tokens.Board([case])
+    kept: list[dict[str, Any]] = []
+    board = tokens.Board([case], kept.append)
     board.add(theirs, result("B", 0))
     board.add(other, result("C", 0))
-    assert board.lines == []
+    assert kept == []
     board.add(ours, result(OURS, 4))
-    assert json.loads(capsys.readouterr().out)["ok"] is True
+    assert json.loads(capsys.readouterr().out)["ok"] is True and kept[0]["ok"] is True
     results = {"a": result(OURS, 0), "b": result("B", 1), "c": {"failed": "exit status 1"}}
     (reason,) = tokens.report(case, results)["reasons"]
     assert reason == "c: exit status 1"
@@ -95,6 +96,23 @@ def test_report_wants_evidence_that_ours_ran(capsys: pytest.CaptureFixture[str])
     results |= {"a": result(OURS, 4), "b": result("B", 0)}
     off = dataclasses.replace(case, hides=("decode_steps", "steps"))
     assert tokens.report(off, results)["reasons"] == ["steps is not zero"]
+
+
+def test_a_run_goes_on_with_the_cases_that_have_not_agreed(tmp_path: Path) -> None:
+    path, first, second = tmp_path / "new" / "tokens.json", *cases()[:2]
+    header = {"gpu": "NVIDIA H200", "kernels_hash": "1", "planner_hash": "2", "versions": {}}
+    record = tokens.Record(path, header | {"date": "2026-01-01"})
+    record.add({"case": first.ours.name, "ok": True})
+    record.add({"case": second.ours.name, "ok": False})
+    assert json.loads(path.read_text())["summary"]["failed"] == [second.ours.name]
+    again = tokens.Record(path, header | {"date": "2026-01-02"})
+    assert again.missing([first, second]) == [second]
+    assert again.summary["failed"] == [second.ours.name], "not run again, not forgotten"
+    again.add({"case": second.ours.name, "ok": True})
+    written = json.loads(path.read_text())
+    assert written["summary"] | {"seconds": 0} == {"cases": 2, "failed": [], "seconds": 0}
+    assert written["meta"]["date"] == "2026-01-02"
+    assert tokens.Record(path, header | {"kernels_hash": "9"}).lines == []
 
 
 def test_a_failed_engine_is_reported_with_its_log(
