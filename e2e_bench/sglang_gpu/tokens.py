@@ -1,63 +1,29 @@
 """Greedy tokens of SGLang on a GPU with this backend, compared with those of SGLang's own.
 
 ``python -m e2e_bench.sglang_gpu.tokens --out tokens.json`` runs every case of ``runs``, several
-engines beside each other, prints one JSON line per case and ends with 1 unless all agree.
+engines beside each other, prints one JSON line per case and ends with 1 unless all agree. The same
+command goes on where it was interrupted.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import fnmatch
-import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from e2e_bench.engine_environment import run_header, sglang_environment
-from e2e_bench.sglang_gpu.runs import Case, Run, cases
+from e2e_bench.engine_tokens import Board, Record, Result, Runner, is_wanted, parser
+from e2e_bench.sglang_gpu.runs import Case, cases
 from e2e_bench.vllm_gpu.compare import compare, judge
 from e2e_bench.vllm_gpu.models import make_small
 
-Result = dict[str, Any]
-LOG_END_CHARS = 1500
+ENGINE = (sys.executable, "-m", "e2e_bench.sglang_gpu.engine")
 
 
-def run_engine(run: Run, folder: Path, limit_s: float) -> Result:
-    """Return an engine's answers, or {"failed": why}."""
-    stem = run.name.replace(" ", "-").replace(",", "")
-    answers, log = folder / f"{stem}.json", folder / f"{stem}.log"
-    command = [sys.executable, "-m", "e2e_bench.sglang_gpu.engine", run.name, str(answers)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=sglang_environment(folder),
-            start_new_session=True,
-        )
-        code: int | str
-        try:
-            code = process.wait(timeout=max(limit_s, 0.0))
-        except subprocess.TimeoutExpired:
-            code = f"none after {limit_s:.0f} s"
-        # SGLang's processes outlive the one that started them.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    if answers.exists():
-        return dict(json.loads(answers.read_text()))
-    end = log.read_text(errors="replace")[-LOG_END_CHARS:]
-    return {"failed": f"exit status {code}", "log": end}
-
-
-def report(case: Case, results: dict[str, Result]) -> Result:
+def report(case: Case, results: Mapping[str, Result]) -> Result:
     """Return a case's outcome: how it differs, what it did, and every reason why it fails."""
     reference, other = case.noise
     line: Result = {"case": case.ours.name, "reference": reference.name}
@@ -92,49 +58,39 @@ def report(case: Case, results: dict[str, Result]) -> Result:
     }
 
 
-def run_cases(wanted: list[Case], folder: Path, jobs: int, limit_s: float) -> list[Result]:
-    """Return the outcomes of cases, running each engine once, for so many seconds at most."""
+def run_cases(wanted: list[Case], runner: Runner, jobs: int, record: Record) -> None:
+    """Record the outcome of each case, running each engine once."""
+    by_name = {case.ours.name: case for case in wanted}
+    needs = {name: [run.name for run in (*case.noise, case.ours)] for name, case in by_name.items()}
+    board = Board(needs, lambda name, results: report(by_name[name], results), record.add)
     runs = {run.name: run for case in wanted for run in (*case.noise, case.ours)}
     for model in dict.fromkeys(run.model for run in runs.values()):
         make_small(model)
-    deadline = time.monotonic() + limit_s
 
-    def start(run: Run) -> Result:
-        return run_engine(run, folder, deadline - time.monotonic())
+    def finish(name: str) -> None:
+        board.add(name, runner.run(name))
 
     with ThreadPoolExecutor(jobs) as pool:
-        results = dict(zip(runs, pool.map(start, runs.values()), strict=True))
-    lines = [report(case, results) for case in wanted]
-    for line in lines:
-        print(json.dumps(line), flush=True)
-    return lines
+        for future in [pool.submit(finish, name) for name in runs]:
+            future.result()
 
 
 def main() -> int:
     """Run the cases that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="where the JSON goes")
-    parser.add_argument("--only", nargs="+", default=["*"], help="patterns of case names")
-    parser.add_argument("--jobs", type=int, default=4, help="engines beside each other")
-    parser.add_argument("--limit-s", type=float, default=540.0, help="for everything")
-    parser.add_argument("--keep", type=Path, help="folder for answers and logs; else temporary")
-    args = parser.parse_args()
-    wanted = [
-        case
-        for case in cases()
-        if any(fnmatch.fnmatch(case.ours.name, pattern) for pattern in args.only)
-    ]
+    args = parser(__doc__).parse_args()
+    wanted = [case for case in cases() if is_wanted(case.ours.name, args.only)]
+    record = Record(args.out, run_header("sglang"))
+    missing = [case for case in wanted if case.ours.name not in record.agreed]
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        lines = run_cases(wanted, folder, args.jobs, args.limit_s)
-    failed = [line["case"] for line in lines if not line["ok"]]
-    summary = {"cases": len(lines), "failed": failed}
-    print(json.dumps(summary), flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    results = {"meta": run_header("sglang"), "summary": summary, "cases": lines}
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
-    return 1 if failed or not lines else 0
+        deadline = time.monotonic() + args.limit_s
+        environment = sglang_environment(folder)
+        limit_s = args.run_limit_s
+        # SGLang's processes outlive the one that started them.
+        runner = Runner(folder, ENGINE, environment, deadline, limit_s, ends_well=False)
+        run_cases(missing, runner, args.jobs, record)
+    return record.finish()
 
 
 if __name__ == "__main__":

@@ -1,34 +1,28 @@
 """Greedy tokens of vLLM on a GPU with this backend, compared with those of vLLM's own backends.
 
 ``python -m e2e_bench.vllm_gpu.tokens --out tokens.json`` runs every case of ``runs``, several
-engines beside each other, prints one JSON line per case and ends with 1 unless all agree.
+engines beside each other, prints one JSON line per case and ends with 1 unless all agree. The same
+command goes on where it was interrupted.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import fnmatch
-import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from e2e_bench.engine_environment import engine_environment, run_header
+from e2e_bench.engine_tokens import Board, Record, Result, Runner, is_wanted, parser
 from e2e_bench.vllm_gpu.compare import compare, judge
 from e2e_bench.vllm_gpu.models import make_small
 from e2e_bench.vllm_gpu.runs import Case, Run, cases
 
-Result = dict[str, Any]
-LOG_END_CHARS = 1500
+# One process for engine and worker: counters are read without a server.
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "INFO"}
+ENGINE = (sys.executable, "-m", "e2e_bench.vllm_gpu.engine")
 
 
 def runs_of(wanted: Iterable[Case]) -> list[Run]:
@@ -40,53 +34,7 @@ def runs_of(wanted: Iterable[Case]) -> list[Run]:
     return list(order.values())
 
 
-class Runner:
-    """Runs engines in processes of their own, each for a limited time."""
-
-    def __init__(self, folder: Path, deadline: float, limit_s: float) -> None:
-        self.folder = folder
-        self.deadline = deadline
-        self.limit_s = limit_s
-        self.environment = engine_environment(folder)
-
-    def run(self, run: Run) -> Result:
-        """Return an engine's answers, or {"failed": why}."""
-        limit_s = min(self.limit_s, self.deadline - time.monotonic())
-        if limit_s <= 0:
-            return {"failed": "no time left"}
-        stem = run.name.replace(" ", "-").replace(",", "")
-        answers, log = self.folder / f"{stem}.json", self.folder / f"{stem}.log"
-        # One process for engine and worker: counters are read without a server.
-        own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "INFO"}
-        command = [sys.executable, "-m", "e2e_bench.vllm_gpu.engine", run.name, str(answers)]
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                command,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=self.environment | own | dict(run.environment),
-                start_new_session=True,  # so that the ranks of a failed engine end with it
-            )
-            try:
-                code: int | str = process.wait(timeout=limit_s)
-            except subprocess.TimeoutExpired:
-                code = f"none after {limit_s:.0f} s"
-            finally:
-                if process.returncode != 0:
-                    _end_group(process)
-        if code == 0:
-            return dict(json.loads(answers.read_text()))
-        end = log.read_text(errors="replace")[-LOG_END_CHARS:]
-        return {"failed": f"exit status {code}", "log": end}
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def report(case: Case, results: dict[str, Result]) -> Result:
+def report(case: Case, results: Mapping[str, Result]) -> Result:
     """Return a case's outcome: how it differs, what it did, and every reason why it fails."""
     ours = results[case.ours.name]
     pair = case.noise
@@ -127,78 +75,51 @@ def report(case: Case, results: dict[str, Result]) -> Result:
     }
 
 
-class Board:
-    """Collects results and prints each case as soon as its runs are done."""
-
-    def __init__(self, wanted: list[Case]) -> None:
-        self.waiting = list(wanted)
-        self.results: dict[str, Result] = {}
-        self.lines: list[Result] = []
-        self._lock = threading.Lock()
-
-    def add(self, run: Run, result: Result) -> None:
-        """Take one run's answers."""
-        with self._lock:
-            self.results[run.name] = result
-            for case in list(self.waiting):
-                if all(one.name in self.results for one in runs_of([case])):
-                    self.waiting.remove(case)
-                    self.lines.append(report(case, self.results))
-                    print(json.dumps(self.lines[-1]), flush=True)
-
-
-def run_cases(wanted: list[Case], runner: Runner, jobs: int) -> list[Result]:
-    """Return the outcomes of cases, running each engine once."""
-    board, runs = Board(wanted), runs_of(wanted)
+def run_cases(wanted: list[Case], runner: Runner, jobs: int, record: Record) -> None:
+    """Record the outcome of each case, running each engine once."""
+    by_name = {case.ours.name: case for case in wanted}
+    needs = {name: [run.name for run in runs_of([case])] for name, case in by_name.items()}
+    board = Board(needs, lambda name, results: report(by_name[name], results), record.add)
+    runs = runs_of(wanted)
     for model in dict.fromkeys(run.model for run in runs):
         make_small(model)
+
+    def finish(run: Run) -> None:
+        board.add(run.name, runner.run(run.name, run.environment))
+
     with ThreadPoolExecutor(jobs) as pool:
 
         def start(run: Run) -> Future[None]:
-            return pool.submit(lambda: board.add(run, runner.run(run)))
+            return pool.submit(finish, run)
 
         for future in [start(run) for run in runs if not run.alone]:
             future.result()
     for run in runs:
         if run.alone:
-            board.add(run, runner.run(run))
-    return board.lines
+            finish(run)
 
 
 def main() -> int:
     """Run the cases that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="where the JSON goes")
-    parser.add_argument("--only", nargs="+", default=["*"], help="patterns of case names")
-    parser.add_argument("--jobs", type=int, default=4, help="engines beside each other")
-    parser.add_argument("--limit-s", type=float, default=540.0, help="for everything")
-    parser.add_argument("--run-limit-s", type=float, default=150.0, help="for one engine")
-    parser.add_argument("--gpus", type=int, default=1, help="GPUs that runs may use")
-    parser.add_argument("--keep", type=Path, help="folder for answers and logs; else temporary")
-    args = parser.parse_args()
+    command_line = parser(__doc__)
+    command_line.add_argument("--gpus", type=int, default=1, help="GPUs that runs may use")
+    args = command_line.parse_args()
     wanted = [
         case
         for case in cases()
-        if case.ours.gpus <= args.gpus
-        and any(fnmatch.fnmatch(case.ours.name, pattern) for pattern in args.only)
+        if case.ours.gpus <= args.gpus and is_wanted(case.ours.name, args.only)
     ]
-    started = time.monotonic()
+    record = Record(args.out, run_header("vllm"))
+    missing = [case for case in wanted if case.ours.name not in record.agreed]
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        runner = Runner(folder, started + args.limit_s, args.run_limit_s)
-        lines = run_cases(wanted, runner, args.jobs)
-    failed = [line["case"] for line in lines if not line["ok"]]
-    summary = {
-        "cases": len(lines),
-        "failed": failed,
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    print(json.dumps(summary), flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    results = {"meta": run_header("vllm"), "summary": summary, "cases": lines}
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
-    return 1 if failed or not lines else 0
+        environment = engine_environment(folder) | ONE_PROCESS
+        deadline = time.monotonic() + args.limit_s
+        limit_s = args.run_limit_s
+        runner = Runner(folder, ENGINE, environment, deadline, limit_s, ends_well=True)
+        run_cases(missing, runner, args.jobs, record)
+    return record.finish()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from e2e_bench import engine_environment as environment
+from e2e_bench.engine_tokens import Board, Record, Runner
 from e2e_bench.serving.shapes import SHAPES, make_shape
 from e2e_bench.vllm_gpu import tokens
 from e2e_bench.vllm_gpu.compare import Agreement, compare, judge
@@ -76,12 +77,14 @@ def result(backend: str, forwards: int) -> dict[str, Any]:
 def test_report_wants_evidence_that_ours_ran(capsys: pytest.CaptureFixture[str]) -> None:
     ours, theirs, other = (Run(n, "m", b) for n, b in (("a", OURS), ("b", "B"), ("c", "C")))
     case = Case(ours, theirs, (theirs, other), ("steps", "forwards"))
-    board = tokens.Board([case])
-    board.add(theirs, result("B", 0))
-    board.add(other, result("C", 0))
-    assert board.lines == []
-    board.add(ours, result(OURS, 4))
-    assert json.loads(capsys.readouterr().out)["ok"] is True
+    kept: list[dict[str, Any]] = []
+    needs = {"a": [run.name for run in tokens.runs_of([case])]}
+    board = Board(needs, lambda _, results: tokens.report(case, results), kept.append)
+    board.add("b", result("B", 0))
+    board.add("c", result("C", 0))
+    assert kept == []
+    board.add("a", result(OURS, 4))
+    assert json.loads(capsys.readouterr().out)["ok"] is True and kept[0]["ok"] is True
     results = {"a": result(OURS, 0), "b": result("B", 1), "c": {"failed": "exit status 1"}}
     (reason,) = tokens.report(case, results)["reasons"]
     assert reason == "c: exit status 1"
@@ -97,17 +100,43 @@ def test_report_wants_evidence_that_ours_ran(capsys: pytest.CaptureFixture[str])
     assert tokens.report(off, results)["reasons"] == ["steps is not zero"]
 
 
-def test_a_failed_engine_is_reported_with_its_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tokens, "engine_environment", lambda _: dict(os.environ))
-    runner = tokens.Runner(tmp_path, deadline=float("inf"), limit_s=60.0)
-    failed = runner.run(Run("no such run", "m", OURS))
+def test_a_run_goes_on_with_the_cases_that_have_not_agreed(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "tokens.json"
+    header = {"gpu": "NVIDIA H200", "kernels_hash": "1", "planner_hash": "2", "versions": {}}
+    record = Record(path, header | {"date": "2026-01-01"})
+    record.add({"case": "first", "ok": True})
+    record.add({"case": "second", "ok": False})
+    assert json.loads(path.read_text())["summary"]["failed"] == ["second"]
+    again = Record(path, header | {"date": "2026-01-02"})
+    assert again.agreed == {"first"}
+    assert again.finish() == 1, "not run again, not forgotten"
+    again.add({"case": "second", "ok": True})
+    assert again.finish() == 0
+    written = json.loads(path.read_text())
+    assert written["summary"] | {"seconds": 0} == {"cases": 2, "failed": [], "seconds": 0}
+    assert written["meta"]["date"] == "2026-01-02"
+    assert Record(path, header | {"kernels_hash": "9"}).lines == []
+
+
+def make_runner(folder: Path, *command: str, ends_well: bool = True) -> Runner:
+    return Runner(folder, command, os.environ, float("inf"), 60.0, ends_well=ends_well)
+
+
+def test_a_failed_engine_is_reported_with_its_log(tmp_path: Path) -> None:
+    runner = make_runner(tmp_path, *tokens.ENGINE)
+    failed = runner.run("no such run")
     assert failed["failed"] == "exit status 1" and "StopIteration" in failed["log"]
     runner.limit_s = 0.01
-    assert runner.run(Run("slow", "m", OURS))["failed"] == "exit status none after 0 s"
+    assert runner.run("slow")["failed"] == "exit status none after 0 s"
     runner.deadline = 0.0
-    assert runner.run(Run("late", "m", OURS)) == {"failed": "no time left"}
+    assert runner.run("late") == {"failed": "no time left"}
+
+
+def test_answers_of_an_engine_that_ends_badly(tmp_path: Path) -> None:
+    code = "import sys; open(sys.argv[2], 'w').write('{}'); sys.exit(3)"
+    strict = make_runner(tmp_path, sys.executable, "-c", code)
+    assert strict.run("a")["failed"] == "exit status 3"
+    assert make_runner(tmp_path, sys.executable, "-c", code, ends_well=False).run("a") == {}
 
 
 def test_entry_points_of_a_checkout_are_found(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from sglang.srt.server_args import ServerArgs
 
+from e2e_bench.engine_tokens import Record, Runner
 from e2e_bench.sglang_gpu import tokens
 from e2e_bench.sglang_gpu.engine import _answer, find_run
 from e2e_bench.sglang_gpu.runs import OURS, Case, Run, cases
@@ -62,18 +64,20 @@ def test_a_failed_engine_is_reported_with_its_log(
 ) -> None:
     monkeypatch.setattr(tokens, "make_small", lambda model: tmp_path / model)
     case = Case(Run("no such run", "m", OURS), (Run("b", "m", "B"), Run("c", "m", "C")))
-    (line,) = tokens.run_cases([case], tmp_path, jobs=2, limit_s=60.0)
+    runner = Runner(tmp_path, tokens.ENGINE, os.environ, float("inf"), 60.0, ends_well=False)
+    record = Record(tmp_path / "tokens.json", {})
+    tokens.run_cases([case], runner, jobs=2, record=record)
+    (line,) = record.lines
     assert line["reasons"] == [f"{n}: exit status 1" for n in ("no such run", "b", "c")]
     assert "StopIteration" in line["logs"]["b"]
-    late = tokens.run_engine(Run("late", "m", OURS), tmp_path, limit_s=0.0)
-    assert late["failed"] == "exit status none after 0 s"
 
 
 def test_a_run_without_cases_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "tokens.json"
     monkeypatch.setattr(sys, "argv", ["tokens", "--out", str(out), "--only", "nothing"])
     assert tokens.main() == 1
-    assert json.loads(out.read_text())["summary"] == {"cases": 0, "failed": []}
+    summary = json.loads(out.read_text())["summary"]
+    assert (summary["cases"], summary["failed"]) == (0, [])
 
 
 def test_answers_of_sglang_are_understood() -> None:
