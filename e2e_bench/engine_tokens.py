@@ -1,8 +1,8 @@
 """Runs of an engine whose greedy tokens are compared, and the file that says how they agree.
 
 What ``vllm_gpu.tokens`` and ``sglang_gpu.tokens`` have in common. The file grows by each case. Run
-again, the same command goes on: cases that agreed on the same GPU, with the same kernels, planner
-and versions, stay as they are.
+again, the same command goes on: cases that agreed on the same GPU, at the same commit and with the
+same versions, stay as they are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 Result = dict[str, Any]
 LOG_END_CHARS = 1500
 # What of a header says that an earlier run's cases need not run again.
-SAME = ("gpu", "kernels_hash", "planner_hash", "versions")
+SAME = ("gpu", "commit", "kernels_hash", "planner_hash", "versions")
 
 
 class Runner:
@@ -67,6 +67,7 @@ class Runner:
             return {"failed": "no time left"}
         stem = name.replace(" ", "-").replace(",", "")
         answers, log = self.folder / f"{stem}.json", self.folder / f"{stem}.log"
+        answers.unlink(missing_ok=True)  # of an earlier run, where the folder was kept
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [*self.command, name, str(answers)],
@@ -126,8 +127,8 @@ class Board:
 class Record:
     """The file of results: a line per case, on disk as soon as it is known.
 
-    Goes on from the file's earlier run, where that was made by the same kernels, planner and
-    versions on the same GPU.
+    Goes on from the file's earlier run, where that was made at the same commit, with the same
+    versions, on the same GPU.
     """
 
     def __init__(self, path: Path, header: Result) -> None:
@@ -183,7 +184,6 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--only", nargs="+", default=["*"], help="patterns of case names")
     result.add_argument("--jobs", type=int, default=4, help="engines beside each other")
     result.add_argument("--limit-s", type=float, default=540.0, help="for everything")
-    result.add_argument("--run-limit-s", type=float, default=150.0, help="for one engine")
     result.add_argument("--keep", type=Path, help="folder for answers and logs; else temporary")
     return result
 

@@ -86,7 +86,7 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + args.limit_s
         environment = sglang_environment(folder)
-        limit_s = args.run_limit_s
+        limit_s = args.limit_s  # some take 110 s to start beside each other
         # SGLang's processes outlive the one that started them.
         runner = Runner(folder, ENGINE, environment, deadline, limit_s, ends_well=False)
         run_cases(missing, runner, args.jobs, record)

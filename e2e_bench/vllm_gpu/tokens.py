@@ -102,6 +102,7 @@ def run_cases(wanted: list[Case], runner: Runner, jobs: int, record: Record) -> 
 def main() -> int:
     """Run the cases that the command line names."""
     command_line = parser(__doc__)
+    command_line.add_argument("--run-limit-s", type=float, default=150.0, help="for one engine")
     command_line.add_argument("--gpus", type=int, default=1, help="GPUs that runs may use")
     args = command_line.parse_args()
     wanted = [

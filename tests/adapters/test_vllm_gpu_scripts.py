@@ -102,7 +102,7 @@ def test_report_wants_evidence_that_ours_ran(capsys: pytest.CaptureFixture[str])
 
 def test_a_run_goes_on_with_the_cases_that_have_not_agreed(tmp_path: Path) -> None:
     path = tmp_path / "new" / "tokens.json"
-    header = {"gpu": "NVIDIA H200", "kernels_hash": "1", "planner_hash": "2", "versions": {}}
+    header = {"gpu": "NVIDIA H200", "commit": "a", "kernels_hash": "1", "versions": {}}
     record = Record(path, header | {"date": "2026-01-01"})
     record.add({"case": "first", "ok": True})
     record.add({"case": "second", "ok": False})
@@ -115,7 +115,9 @@ def test_a_run_goes_on_with_the_cases_that_have_not_agreed(tmp_path: Path) -> No
     written = json.loads(path.read_text())
     assert written["summary"] | {"seconds": 0} == {"cases": 2, "failed": [], "seconds": 0}
     assert written["meta"]["date"] == "2026-01-02"
-    assert Record(path, header | {"kernels_hash": "9"}).lines == []
+    assert len(Record(path, header).lines) == 2
+    for other in ({"kernels_hash": "9"}, {"commit": "b"}, {"gpu": "NVIDIA H100"}):
+        assert Record(path, header | other).lines == [], other
 
 
 def make_runner(folder: Path, *command: str, ends_well: bool = True) -> Runner:
@@ -136,7 +138,10 @@ def test_answers_of_an_engine_that_ends_badly(tmp_path: Path) -> None:
     code = "import sys; open(sys.argv[2], 'w').write('{}'); sys.exit(3)"
     strict = make_runner(tmp_path, sys.executable, "-c", code)
     assert strict.run("a")["failed"] == "exit status 3"
-    assert make_runner(tmp_path, sys.executable, "-c", code, ends_well=False).run("a") == {}
+    lenient = make_runner(tmp_path, sys.executable, "-c", code, ends_well=False)
+    assert lenient.run("a") == {}
+    lenient.command = (sys.executable, "-c", "import sys; sys.exit(4)")
+    assert lenient.run("a")["failed"] == "exit status 4", "not by answers of the run before"
 
 
 def test_entry_points_of_a_checkout_are_found(
