@@ -382,6 +382,8 @@ __device__ inline void merge_warps(const KernelParams& p, const WorkItem& item,
     for_each_run<S>(state.o[b], half,
                     [&](int d, const float (&x)[kRun<S>]) { store_floats<true>(to + d, x); });
   });
+  // Boxes may land there next. Behind the stores to memory, which it would wait for, this is slow.
+  if constexpr (kInBoxes<S, T>) ptx::publish_to_products();
   __syncthreads();
 #pragma unroll 1
   for (int at = thread; at < item.num_rows * kQuads; at += T::kThreads) {

@@ -62,26 +62,34 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     for (int t = 0; t < T::kStages; ++t) pages[t] = loader.fetch(t);
     load_rows<S, V, T>(p, current, rows);
     __syncthreads();
+    // Where two CTAs share a multiprocessor, a tile each on its way does not keep memory busy. Two
+    // each do, but would make others wait that multiply the tiles of nodes.
+    const bool fills = !S::kDecodes && T::kStages == 2 && !current.has_nodes;
 #pragma unroll
-    for (int t = 0; t < T::kStages - 1; ++t) {
+    for (int t = 0; t < T::kStages; ++t) {
+      if (t == T::kStages - 1 && !fills) break;
       loader.load(t, pages[t], stage(t), Loader::landing(t, smem_q));
     }
     load_q<S, T>(p, item.num_rows, rows, smem_q);
     ptx::cp_async_commit();
-    load_units<S, T, Classes>(p, item, rows, smem);
     int32_t page = pages[T::kStages - 1];
+    if (fills) page = loader.fetch(T::kStages);
+    load_units<S, T, Classes>(p, item, rows, smem);
     state.clear();
     ptx::cp_async_wait<0>();
+    __syncthreads();  // queries have landed
     for (int t = 0; t < num_tiles; ++t) {
       Loader::wait(t, smem_q);
-      loader.clear_outside(t, stage(t));
-      __syncthreads();  // every warp has left the stage refilled next, and tile t is whole
-      const int next = t + T::kStages - 1;
-      loader.load(next, page, stage(next), Loader::landing(next, smem_q));
-      page = loader.fetch(next + 1);
+      const auto load_next = [&](int next) {
+        loader.load(next, page, stage(next), Loader::landing(next, smem_q));
+        page = loader.fetch(next + 1);
+      };
+      if (!fills) load_next(t + T::kStages - 1);
+      if (loader.clear_outside(t, stage(t))) __syncthreads();
       loop.tile(smem_q, stage(t), tiles.begin(t), tiles.first(t), tiles.end(t), state);
+      __syncthreads();  // every warp has left the stage, which may be refilled
+      if (fills) load_next(t + T::kStages);
     }
-    __syncthreads();
     if (ptx::thread_index() == T::kThreads - 1) Loader::end(smem_q);
   } else {
     const KvLoader<S, T, Classes::template kHoldsBlock<T>> loader(p, current, smem);
@@ -200,11 +208,10 @@ constexpr uint32_t kMostWait = 15000;
 // kAreaAt: where shared memory is free past what unit(i) reads.
 template <class S, class V, class Classes, int kAreaAt, class Unit>
 __device__ void arrive_and_merge(const KernelParams& p, const Unit& unit, int count,
-                                 bool is_of_node, bool is_last, char* smem) {
+                                 bool is_of_node, bool is_last, bool has_nodes, char* smem) {
   static_assert(Classes::kMaxRows <= Classes::kThreads, "a thread for each row");
   const int x = static_cast<int>(ptx::thread_index());
   auto& area = *reinterpret_cast<MergeArea<Classes>*>(ptx::here(smem) + kAreaAt);
-  const bool has_nodes = __ldg(&plan_of(p).header->num_nodes) > 0;
   __syncthreads();  // the states are written, the pending units complete
   // A state is announced once: that of a node item for all rows of a unit, of request items each.
   const auto begins = [&](int i) {
@@ -288,12 +295,14 @@ __device__ void run_items(const KernelParams& p) {
   prefetch_item(plan_of(p).first_items + blockIdx.x, current);  // before it is known to exist
   const int first = __ldg(plan_of(p).cta_ptr + blockIdx.x);
   const int end = __ldg(plan_of(p).cta_ptr + blockIdx.x + 1);
+  const bool has_nodes = !S::kDecodes && __ldg(&plan_of(p).header->num_nodes) > 0;
   ptx::cp_async_wait_all();
   if (first == end) return;
   if (ptx::thread_index() == 0) {
     pending.count = 0;
     current.end = end;
     current.left = end - first;
+    current.has_nodes = has_nodes;
     current.k_stride = p.kv.k_stride;
     current.v_stride = p.kv.v_stride;
     current.table = p.table;
@@ -314,9 +323,11 @@ __device__ void run_items(const KernelParams& p) {
     const int own_class = __shfl_sync(0xffffffff, item.tile_class, 0);
     int c = 0;
     UnitPlaces places{};
-    ((own_class == c++ ? (Work::template run<S, V, Tiles, Classes>(p, current, smem),
-                          void(places = unit_places<S, Tiles>()))
-                       : void()),
+    bool is_published = true;  // what threads wrote to where boxes land
+    ((own_class == c++
+          ? (Work::template run<S, V, Tiles, Classes>(p, current, smem),
+             void(places = unit_places<S, Tiles>()), void(is_published = kInBoxes<S, Tiles>))
+          : void()),
      ...);
     is_last = current.left == 0;
     const bool is_of_node = item.partial_row >= 0 && item.request < 0;
@@ -326,11 +337,13 @@ __device__ void run_items(const KernelParams& p) {
       const int count = is_of_node ? item.num_rows : pending.count;
       if (is_of_node || count == pending.kMost || (is_last && count > 0)) {
         const auto unit = [&](int i) { return is_of_node ? places(smem, i) : pending.units[i]; };
-        arrive_and_merge<S, V, Classes, kAreaAt>(p, unit, count, is_of_node, is_last, smem);
+        arrive_and_merge<S, V, Classes, kAreaAt>(p, unit, count, is_of_node, is_last,
+                                                 current.has_nodes, smem);
         if (ptx::thread_index() == 0) pending.count = 0;  // of a node item, too: requests follow
+        is_published = false;
       }
     }
-    if constexpr (kAnyInBoxes) ptx::publish_to_products();  // before boxes come
+    if (kAnyInBoxes && !is_published) ptx::publish_to_products();
     __syncthreads();  // shared memory belongs to the next item
   } while (!is_last);
 }

@@ -54,6 +54,7 @@ struct CurrentItem {
   int32_t end;           // of the CTA's items in the plan
   int32_t left;          // items of the CTA after this one
   float scale;           // of its logits, the scales of q and k included
+  bool has_nodes;        // whether the plan has any
   // Of the launch. As parameters they would be kept in registers through a loop over tiles, which a
   // kernel of many classes has not left for its smallest.
   KvStrides k_stride, v_stride;
@@ -559,12 +560,12 @@ class BoxLoader {
   }
 
   // Rows of V outside of a tile's run, which have landed with the rest, become zero: what lies
-  // there may be anything, and weights of zero do not hide a NaN. For all threads; a barrier
-  // follows.
-  __device__ void clear_outside(int tile, uint32_t smem) const {
+  // there may be anything, and weights of zero do not hide a NaN. For all threads; if it says so, a
+  // barrier follows.
+  __device__ bool clear_outside(int tile, uint32_t smem) const {
     const int32_t begin = tiles_.begin(tile);
     const int32_t first = tiles_.first(tile) - begin, end = tiles_.end(tile) - begin;
-    if (first <= 0 && end >= T::kKvTile) return;
+    if (first <= 0 && end >= T::kKvTile) return false;
     constexpr int kChunks = kBoxBytes / 16;
     const uint32_t zeros[4] = {};
     for (int i = static_cast<int>(ptx::thread_index()); i < T::kKvTile * kChunks;
@@ -576,6 +577,7 @@ class BoxLoader {
       }
     }
     ptx::publish_to_products();
+    return true;
   }
 
  private:
