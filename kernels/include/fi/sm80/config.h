@@ -15,10 +15,16 @@ FI_HOST_DEVICE constexpr int most_of(int first, Ints... others) {
 FI_HOST_DEVICE constexpr int min_int(int a, int b) { return a < b ? a : b; }
 FI_HOST_DEVICE constexpr int log_of(int power) { return power > 1 ? 1 + log_of(power / 2) : 0; }
 
+// How many warps split the rows of a tile.
+FI_HOST_DEVICE constexpr int warps_of_rows(int rows, int num_warps) {
+  return min_int(max_int(rows / 16, 1), num_warps);
+}
+
 // A tile class: `kRows` packed query rows by `kKvTile` KV tokens, in `kStages` shared-memory
 // stages, for CTAs of `kWarps` warps. Warps split the rows into blocks of 16 or 32 first, then the
 // KV tokens; states of the same rows merge at the end of an item. 16 rows leave warps past the
-// fourth idle: a warp takes at least 16 tokens.
+// fourth idle: a warp takes at least 16 tokens. Tiles of 8 rows are narrow: what multiplies them
+// has tokens where others have rows (narrow_loop.h).
 template <int kRows_, int kKvTile_, int kStages_, int kWarps_>
 struct Tile {
   static constexpr int kRows = kRows_;
@@ -26,11 +32,13 @@ struct Tile {
   static constexpr int kStages = kStages_;
   static constexpr int kWarps = kWarps_;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kWarpsM = kRows / 16 < kWarps ? kRows / 16 : kWarps;
+  static constexpr bool kIsNarrow = kRows == 8;
+  static constexpr int kWarpsM = warps_of_rows(kRows, kWarps);
   static constexpr int kWarpsN = kKvTile / 16 < kWarps / kWarpsM ? kKvTile / 16 : kWarps / kWarpsM;
-  static constexpr int kRowBlocks = kRows / (16 * kWarpsM);  // m16 blocks of a warp
-  static constexpr int kWarpCols = kKvTile / kWarpsN;        // KV tokens of a warp
-  static_assert(kRows % 16 == 0 && kWarpCols % 16 == 0 && 1 << log_of(kRows) == kRows);
+  static constexpr int kRowBlocks = kIsNarrow ? 1 : kRows / (16 * kWarpsM);  // m16 blocks of a warp
+  static constexpr int kWarpCols = kKvTile / kWarpsN;                        // KV tokens of a warp
+  static_assert((kRows % 16 == 0 || kIsNarrow) && kWarpCols % 16 == 0 &&
+                1 << log_of(kRows) == kRows);
 };
 
 // The tile classes of a launch, in the planner's order.
@@ -49,7 +57,7 @@ struct TileClasses {
   // Whether tiles of class T hold all rows of their block, as all but those of the largest do, and
   // those of one decoded token.
   template <class T>
-  static constexpr bool kHoldsBlock = T::kRows == 16 || T::kRows < kMaxRows;
+  static constexpr bool kHoldsBlock = T::kRows <= 16 || T::kRows < kMaxRows;
 };
 
 // Element: of q and out. KvElement: of the cache, Element or Float8E4M3.
@@ -125,7 +133,7 @@ FI_HOST_DEVICE constexpr SharedPlan plan_shared(int head_dim_qk, int head_dim_vo
   s.stages = in_boxes ? whole_atoms(rows * s.pitch_q) : rows * s.pitch_q;
   int stage_area = num_stages * s.stage_bytes;
   // Where warps split the KV tokens, their states of the same rows meet in the stages' place.
-  const int warps_per_row = min_int(num_warps / min_int(rows / 16, num_warps), kv_tile / 16);
+  const int warps_per_row = min_int(num_warps / warps_of_rows(rows, num_warps), kv_tile / 16);
   if (warps_per_row > 1) {
     stage_area = max_int(stage_area, warps_per_row * rows * (head_dim_vo + 4) * 4);
   }

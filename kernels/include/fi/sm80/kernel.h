@@ -281,7 +281,7 @@ __device__ void run_items(const KernelParams& p) {
   __shared__ int is_done;
   __shared__ PendingUnits pending;
   static_assert(sizeof(current) + sizeof(is_done) + sizeof(pending) <= kStaticBytes);
-  constexpr bool kArrivesOne = S::kDecodes && Classes::kMaxRows == 16;
+  constexpr bool kArrivesOne = S::kDecodes && Classes::kMaxRows <= 16;
   constexpr int kAreaAt = most_of(kShared<S, Tiles>.stages...);
   static_assert(kArrivesOne ||
                 kAreaAt + sizeof(MergeArea<Classes>) <= most_of(kShared<S, Tiles>.bytes...));

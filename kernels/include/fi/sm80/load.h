@@ -180,7 +180,7 @@ __device__ inline void load_rows(const KernelParams& p, CurrentItem& current, Va
     who.kv_len = plan.requests[g.request].kv_len;
   }
   rows[x] = who;
-  extend_box<V>(T::kRows < 32 ? 0xffff : ~0u, who, current.box);
+  extend_box<V>(T::kRows < 32 ? (1u << T::kRows % 32) - 1 : ~0u, who, current.box);
 }
 
 // A merge unit that an item announces its partial state to.

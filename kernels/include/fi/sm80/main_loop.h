@@ -8,16 +8,15 @@
 //   pv: of each 16 components of V one n8 block takes the even ones and the next the odd ones.
 #pragma once
 
-#include "fi/attention/variant.h"
 #include "fi/core/elements.h"
 #include "fi/ptx/mma.h"
 #include "fi/ptx/wgmma.h"
-#include "fi/sm80/load.h"
+#include "fi/sm80/tile_loop.h"
 
 namespace fi::sm80 {
 
 // What a warp knows of its rows. Lane l holds rows r = l / 4 and r + 8 of each 16-row block.
-template <class S, class T>
+template <class S, class T, bool kIsNarrow = T::kIsNarrow>
 struct WarpState {
   float o[T::kRowBlocks][S::kHeadDimVo / 8][4];
   float row_max[T::kRowBlocks][2];  // of scaled logits, base 2
@@ -46,13 +45,20 @@ constexpr int kStepCols =
         ? T::kWarpCols
         : 32;
 
-// KV positions of a step: from `begin` on, of those [first, end).
-struct Columns {
-  int begin, first, end;
-};
-
-template <class S, class V, class T>
-class WarpLoop {
+template <class S, class V, class T, bool kIsNarrow = T::kIsNarrow>
+class WarpLoop : public TileLoop<S, V, T> {
+  using Base = TileLoop<S, V, T>;
+  using Base::apply_variant;
+  using Base::chunk_at;
+  using Base::crosses_band;
+  using Base::current_;
+  using Base::finite_or_zero;
+  using Base::first_chunk;
+  using Base::mask_kind;
+  using Base::masked_value;
+  using Base::p_;
+  using Base::reach;
+  using Base::rows_;
   using Element = typename S::Element;
   using Ops = ElementOps<Element>;
   static constexpr SharedPlan kPlan = kShared<S, T>;
@@ -64,16 +70,14 @@ class WarpLoop {
   static constexpr bool kAlways = T::kWarpsN > 1;  // few products, nothing to spare
 
  public:
-  __device__ WarpLoop(const KernelParams& p, const CurrentItem& current, const VariantRow* rows)
-      : p_(p), current_(current), rows_(rows) {}
+  using Base::Base;
+  using Base::first_col;
+  using Base::lane;
 
-  __device__ static int lane() { return ptx::thread_index() % 32; }
   __device__ static int first_row() {
     if constexpr (T::kWarpsN == T::kWarps) return 0;
     return ptx::thread_index() / 32 / T::kWarpsN * T::kRowBlocks * 16;
   }
-  __device__ static int first_col() { return ptx::thread_index() / 32 % T::kWarpsN * T::kWarpCols; }
-
   // No rows, or no tokens, for this warp.
   __device__ bool is_idle() const {
     if constexpr (T::kWarpsN == T::kWarps) return false;  // an item has a row
@@ -138,10 +142,8 @@ class WarpLoop {
 
   __device__ void softmax_block(Columns columns, MaskKind kind, int b, float (&s)[kColBlocks][4],
                                 WarpState<S, T>& state) const {
-    if constexpr (V::kHasLogits || V::kHasMasks || !V::kSoftmax) {
-      apply_variant(columns.begin, columns.end, kind, b, s);
-    }
-    if (crosses_band(columns)) apply_band(columns, b, s);
+    if constexpr (Base::kHasFunctions) apply_functions(columns.begin, columns.end, kind, b, s);
+    if (crosses_band(columns, kStepCols<S, V, T>)) apply_band(columns, b, s);
     if constexpr (V::kSoftmax) online_softmax(b, s, state);
   }
 
@@ -246,35 +248,8 @@ class WarpLoop {
     }
   }
 
-  // A lane's row of K or V at its chunk `chunk`, 0 or 1, of 16 bytes; boxes leave them swizzled.
-  __device__ static uint32_t first_chunk(uint32_t row, uint32_t chunk) {
-    return row + (kInBoxes<S, T> ? (chunk ^ lane() % 8) * 16 : chunk * 16);
-  }
-  // The same of an even number of chunks further, a constant.
-  __device__ static uint32_t chunk_at(uint32_t first, int chunks) {
-    if constexpr (!kInBoxes<S, T>) return first + chunks * 16;
-    return (first ^ chunks % 8 * 16) + chunks / 8 * (T::kKvTile * kBoxBytes);
-  }
-
-  __device__ MaskKind mask_kind(int kv_begin, int kv_end) const {
-    if constexpr (V::kHasMasks) {
-      const RowBox& rows = current_.box;
-      const int first_head = current_.item.kv_head * S::kGroupSize;
-      const VariantBox box = {rows.q_pos_min,  rows.q_pos_max,
-                              kv_begin,        min_i32(kv_begin + T::kKvTile, kv_end) - 1,
-                              rows.q_len_min,  rows.q_len_max,
-                              rows.kv_len_min, rows.kv_len_max,
-                              first_head,      first_head + S::kGroupSize - 1};
-      return mask_kind_of_box(typename V::Masks{}, p_, box);
-    }
-    return MaskKind::kFull;
-  }
-
-  // Natural-unit logits through the variant's functions; what its masks hide gets the masked value.
-  // Columns past kv_end stand for the last one: their logits are masked later, but a function may
-  // read a tensor at its KV position.
-  __device__ void apply_variant(int kv_begin, int kv_end, MaskKind kind, int b,
-                                float (&s)[kColBlocks][4]) const {
+  __device__ void apply_functions(int kv_begin, int kv_end, MaskKind kind, int b,
+                                  float (&s)[kColBlocks][4]) const {
     const int lane = WarpLoop::lane(), first = first_row() + b * 16;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -283,37 +258,10 @@ class WarpLoop {
       for (int n = 0; n < kColBlocks; ++n) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          float& x = s[n][half * 2 + c];
-          const int column = min_i32(kv_begin + n * 8 + lane % 4 * 2 + c, kv_end - 1);
-          const float logit = apply_all(typename V::Logits{}, p_, row, current_.item.kv_head,
-                                        column, x * current_.scale);
-          if constexpr (!V::kFoldsScale) x = logit;
-          if constexpr (V::kHasMasks) {
-            const bool seen =
-                kind == MaskKind::kFull ||
-                all_visible(typename V::Masks{}, p_, row, current_.item.kv_head, column, logit);
-            x = seen ? x : masked_value();
-          }
+          apply_variant(row, kv_begin + n * 8 + lane % 4 * 2 + c, kv_end, kind, s[n][half * 2 + c]);
         }
       }
     }
-  }
-
-  __device__ static float masked_value() { return V::kSoftmax ? neg_infinity() : 0.0f; }
-
-  // The reach of a band to one side; what is unbounded reaches further than any text is long.
-  __device__ static int reach(int32_t side) {
-    return static_cast<int>(min(static_cast<uint32_t>(side), 1u << 30));
-  }
-
-  __device__ bool crosses_band(Columns columns) const {
-    const Band& band = p_.band;
-    const int end = columns.begin + kStepCols<S, V, T>;
-    if (kInBoxes<S, T> && columns.begin < columns.first) return true;
-    if (end > columns.end || (band.right >= 0 && end > current_.box.q_pos_min + band.right + 1)) {
-      return true;
-    }
-    return band.left >= 0 && columns.begin < current_.box.q_pos_max - band.left;
   }
 
   __device__ void apply_band(Columns columns, int b, float (&s)[kColBlocks][4]) const {
@@ -347,7 +295,7 @@ class WarpLoop {
   // types hold as exactly as values below 1, and most tiles are spared a pass over o (the idea of
   // FlashAttention-4).
   __device__ void online_softmax(int b, float (&s)[kColBlocks][4], WarpState<S, T>& state) const {
-    const float scale_log2 = (V::kFoldsScale ? current_.scale : 1.0f) * kLog2E;
+    const float scale_log2 = Base::scale_log2();
     float top[2];
     bool grows = false;
 #pragma unroll
@@ -378,11 +326,6 @@ class WarpLoop {
       }
       state.row_sum[b][half] = sum;
     }
-  }
-
-  // A row that has seen nothing keeps max -inf; subtract 0 then, so that 2^-inf is 0, not NaN.
-  __device__ static float finite_or_zero(float row_max) {
-    return row_max == neg_infinity() ? 0.0f : row_max;
   }
 
   __device__ void rescale(const float (&top)[2], int b, WarpState<S, T>& state) const {
@@ -448,10 +391,6 @@ class WarpLoop {
       }
     }
   }
-
-  const KernelParams& p_;
-  const CurrentItem& current_;
-  const VariantRow* rows_;
 };
 
 }  // namespace fi::sm80

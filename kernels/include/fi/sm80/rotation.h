@@ -30,8 +30,8 @@ class Rotator {
     float cos[kWide], sin[kWide];
     float next_cos[kWide], next_sin[kWide];
   };
-  // Tiles of 16 rows have registers to hold them, from before the tile has landed.
-  static constexpr bool kBySteps = V::kMultiples && T::kRows == 16 && S::kHeadDimQk <= 128;
+  // Tiles of few rows have registers to hold them, from before the tile has landed.
+  static constexpr bool kBySteps = V::kMultiples && T::kRows <= 16 && S::kHeadDimQk <= 128;
 
   __device__ Rotator(const KernelParams& p, const CurrentItem& current, const VariantRow* rows,
                      uint32_t smem_q)
