@@ -91,7 +91,7 @@ def plan_class(
             max_shared_bytes_per_sm=gpu.shared_bytes_per_sm,
         )
         classes = _tile_classes(layer_class, q_len, capacity.max_requests, gpu, boxes=boxes)
-        count = num_ctas or _even_ctas(spec.ctas_per_sm * gpu.num_sms, layer_class.heads, capacity)
+        count = num_ctas or spec.ctas_per_sm * gpu.num_sms
     else:
         spec, classes = None, _core.cpu_tile_classes()
         count = num_ctas or CPU_SPANS_PER_THREAD * torch.get_num_threads()
@@ -99,16 +99,6 @@ def plan_class(
     config = _config(layer_class, capacity, count, invariant_chunk, classes)
     longest = (capacity.longest_q_len, capacity.max_kv_len)
     return ClassPlan(layer_class, config, config.layout(), spec, longest)
-
-
-def _even_ctas(most: int, heads: HeadShape, capacity: Capacity) -> int:
-    """Return how many CTAs share the work: a few less than `most` where a full step divides evenly.
-
-    Requests of equal lengths are then cut into spans without a second start in the middle of one.
-    """
-    row_tiles = capacity.max_requests * heads.num_kv_heads
-    even = most - most % row_tiles
-    return even if 16 * even >= 15 * most else most
 
 
 def tile_q_len(q_len: int, heads: HeadShape) -> int:

@@ -31,7 +31,8 @@ class Rotator {
     float next_cos[kWide], next_sin[kWide];
   };
   // Tiles of few rows have registers to hold them, from before the tile has landed.
-  static constexpr bool kBySteps = V::kMultiples && T::kRows <= 16 && S::kHeadDimQk <= 128;
+  static constexpr bool kBySteps =
+      V::kMultiples && S::kHeadDimQk <= 128 && (T::kRows == 16 || (T::kIsNarrow && S::kDecodes));
 
   __device__ Rotator(const KernelParams& p, const CurrentItem& current, const VariantRow* rows,
                      uint32_t smem_q)
