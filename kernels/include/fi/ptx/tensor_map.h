@@ -19,11 +19,6 @@ __device__ inline void init_landing(uint32_t barrier) {
       : "memory");
 }
 
-// Ends its use: the place may hold anything then, another barrier too.
-__device__ inline void end_landing(uint32_t barrier) {
-  asm volatile("mbarrier.inval.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");
-}
-
 // Announces the bytes of a phase. Some may have landed before.
 __device__ inline void announce_bytes(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes)

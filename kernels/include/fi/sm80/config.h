@@ -103,7 +103,7 @@ struct SharedPlan {
   int stage_k;                    // bytes of K in a stage; V follows
   int stage_bytes;                // of K and V
   int stages;                     // after the query tile
-  int offsets;                    // RowOffsets of the KV tokens of each stage, or its barrier
+  int offsets;                    // RowOffsets of the KV tokens of each stage, none of boxes
   int rows;                       // VariantRow of each packed row
   int bytes;                      //
 };
@@ -138,8 +138,7 @@ FI_HOST_DEVICE constexpr SharedPlan plan_shared(int head_dim_qk, int head_dim_vo
     stage_area = max_int(stage_area, warps_per_row * rows * (head_dim_vo + 4) * 4);
   }
   s.offsets = s.stages + stage_area;
-  s.rows =
-      s.offsets + (in_boxes ? (num_stages + 1) / 2 * 16 : num_stages * kv_tile * kRowOffsetBytes);
+  s.rows = s.offsets + (in_boxes ? 0 : num_stages * kv_tile * kRowOffsetBytes);
   s.bytes = s.rows + (rows * kRowInfoBytes + 15) / 16 * 16;
   return s;
 }

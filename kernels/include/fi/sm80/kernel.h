@@ -56,7 +56,6 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     const Loader loader(p, current);
     const auto& tiles = loader.tiles();
     const int num_tiles = loader.num_tiles();
-    if (ptx::thread_index() == T::kThreads - 1) Loader::init(smem_q);
     int32_t pages[T::kStages];
 #pragma unroll
     for (int t = 0; t < T::kStages; ++t) pages[t] = loader.fetch(t);
@@ -68,7 +67,7 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
 #pragma unroll
     for (int t = 0; t < T::kStages; ++t) {
       if (t == T::kStages - 1 && !fills) break;
-      loader.load(t, pages[t], stage(t), Loader::landing(t, smem_q));
+      loader.load(t, pages[t], stage(t));
     }
     load_q<S, T>(p, item.num_rows, rows, smem_q);
     ptx::cp_async_commit();
@@ -79,9 +78,9 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     ptx::cp_async_wait<0>();
     __syncthreads();  // queries have landed
     for (int t = 0; t < num_tiles; ++t) {
-      Loader::wait(t, smem_q);
+      loader.wait(t);
       const auto load_next = [&](int next) {
-        loader.load(next, page, stage(next), Loader::landing(next, smem_q));
+        loader.load(next, page, stage(next));
         page = loader.fetch(next + 1);
       };
       if (!fills) load_next(t + T::kStages - 1);
@@ -90,7 +89,7 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
       __syncthreads();  // every warp has left the stage, which may be refilled
       if (fills) load_next(t + T::kStages);
     }
-    if (ptx::thread_index() == T::kThreads - 1) Loader::end(smem_q);
+    if (ptx::thread_index() == T::kThreads - 1) loader.end();
   } else {
     const KvLoader<S, T, Classes::template kHoldsBlock<T>> loader(p, current, smem);
     const auto& tiles = loader.tiles();
@@ -286,6 +285,7 @@ __device__ void run_items(const KernelParams& p) {
   static_assert(kArrivesOne ||
                 kAreaAt + sizeof(MergeArea<Classes>) <= most_of(kShared<S, Tiles>.bytes...));
   constexpr bool kAnyInBoxes = (kInBoxes<S, Tiles> || ...);
+  static_assert(kStaticBytes + sizeof(Landings) <= kBoxAtom);
   if constexpr (kAnyInBoxes) {
     if (ptx::thread_index() == 0) {
       ptx::prefetch_map(p.k_boxes);
@@ -299,6 +299,7 @@ __device__ void run_items(const KernelParams& p) {
   ptx::cp_async_wait_all();
   if (first == end) return;
   if (ptx::thread_index() == 0) {
+    if constexpr (kAnyInBoxes) landings().init();
     pending.count = 0;
     current.end = end;
     current.left = end - first;

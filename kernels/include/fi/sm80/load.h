@@ -482,6 +482,26 @@ class KvLoader {
   int num_tiles_;
 };
 
+// The barriers that boxes land at, one for each stage, for all items of a CTA. A barrier's phases
+// have parities 0 1 0 1; `parities` are those of the next ones, a bit each.
+struct Landings {
+  static constexpr int kMost = 3;
+  uint64_t barriers[kMost];
+  uint32_t parities;
+
+  // For one thread; a CTA barrier before anything lands.
+  __device__ void init() {
+#pragma unroll
+    for (uint64_t& barrier : barriers) ptx::init_landing(ptx::shared_address(&barrier));
+    parities = 0;
+  }
+};
+
+__device__ inline Landings& landings() {
+  __shared__ Landings landings;
+  return landings;
+}
+
 // Loads KV tiles as boxes of the cache, 128 bytes of each token of a page: fetch() reads the page
 // id of this thread's box, a tile ahead of load(), which starts the copy. The tensor memory
 // accelerator makes the addresses; the copies of a tile are a few instructions of each warp.
@@ -497,30 +517,33 @@ class BoxLoader {
   static_assert(S::kHeadDimVo * S::kKvBytes % kBoxBytes == 0);
   static_assert(kPlan.stages % kBoxAtom == 0 && kPlan.stage_k % kBoxAtom == 0);
   static_assert(T::kKvTile / kLeastBoxTokens * kParts <= T::kThreads, "a thread for each box");
+  static_assert(T::kStages <= Landings::kMost);
 
  public:
   __device__ BoxLoader(const KernelParams& p, const CurrentItem& current)
-      : p_(p), current_(current), tiles_(current.item, log_of_box(p)), num_tiles_(tiles_.count()) {}
+      : p_(p),
+        current_(current),
+        tiles_(current.item, log_of_box(p)),
+        num_tiles_(tiles_.count()),
+        parities_(landings().parities) {}
 
   __device__ int num_tiles() const { return num_tiles_; }
   __device__ const KvTiles<T::kKvTile, true>& tiles() const { return tiles_; }
 
-  // The barrier that a stage's boxes land at.
-  __device__ static uint32_t landing(int tile, uint32_t smem) {
-    return smem + kPlan.offsets + tile % T::kStages * 8;
+  // Waits until a tile is there: every T::kStages-th has the same barrier.
+  __device__ void wait(int tile) const {
+    const uint32_t parity = (parities_ >> tile % T::kStages ^ tile / T::kStages) & 1;
+    ptx::wait_landing(landing(tile), parity);
   }
-  // For one thread; a CTA barrier before the first load(), and one after the last wait().
-  __device__ static void init(uint32_t smem) {
+  // For one thread, when all have passed the last wait(): what the next item finds.
+  __device__ void end() const {
+    uint32_t parities = parities_;
 #pragma unroll
-    for (int stage = 0; stage < T::kStages; ++stage) ptx::init_landing(landing(stage, smem));
-  }
-  __device__ static void end(uint32_t smem) {
-#pragma unroll
-    for (int stage = 0; stage < T::kStages; ++stage) ptx::end_landing(landing(stage, smem));
-  }
-  // Waits until a tile is there: T::kStages of them after each other share a barrier.
-  __device__ static void wait(int tile, uint32_t smem) {
-    ptx::wait_landing(landing(tile, smem), tile / T::kStages % 2);
+    for (int stage = 0; stage < T::kStages; ++stage) {
+      const int phases = (num_tiles_ + T::kStages - 1 - stage) / T::kStages;
+      parities ^= (phases & 1) << stage;
+    }
+    landings().parities = parities;
   }
 
   // Page id of this thread's box of `tile`, -1 for none. Entries past the range are never
@@ -535,8 +558,9 @@ class BoxLoader {
   }
 
   // Starts the copies of a tile whose page ids fetch() brought; past the last one, of none.
-  __device__ void load(int tile, int32_t page, uint32_t smem, uint32_t landing) const {
+  __device__ void load(int tile, int32_t page, uint32_t smem) const {
     if (tile >= num_tiles_) return;
+    const uint32_t landing = BoxLoader::landing(tile);
     if (ptx::thread_index() == 0) {
       const int32_t tokens = min_i32(tiles_.end(tile) - tiles_.begin(tile), T::kKvTile);
       const int32_t boxes = (tokens + (1 << tiles_.log_box) - 1) >> tiles_.log_box;
@@ -581,6 +605,10 @@ class BoxLoader {
   }
 
  private:
+  __device__ static uint32_t landing(int tile) {
+    return ptx::shared_address(&landings().barriers[tile % T::kStages]);
+  }
+
   // Boxes go round the warps: each starts a few of them.
   __device__ static uint32_t box() {
     return ptx::thread_index() % 32 * T::kWarps + ptx::thread_index() / 32;
@@ -591,6 +619,7 @@ class BoxLoader {
   const CurrentItem& current_;
   KvTiles<T::kKvTile, true> tiles_;
   int num_tiles_;
+  uint32_t parities_;
 };
 
 }  // namespace fi::sm80
