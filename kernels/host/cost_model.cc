@@ -9,8 +9,9 @@ namespace {
 
 // A row of the sm80 tile table, for heads whose larger dimension is at most `max_head_dim`.
 // Costs are in units of about 9 ns of an H200, where tiles of 64 and 128 rows multiply by
-// warpgroups. Those of head dimension 128 were traced in steps with shared prefixes, and a tile of
-// 128 rows swept (docs/notes/2026-11-27-merge-chains.md); the others follow from them or are older.
+// warpgroups. Those of head dimension 128 were swept in steps with shared prefixes, those of 128
+// rows against prefill too (docs/notes/2026-11-28-narrow-tiles.md); the others follow from them or
+// are older.
 struct TileRow {
   int32_t max_head_dim;
   int32_t rows, kv_tile, stages;
@@ -23,14 +24,14 @@ struct TileRow {
 constexpr TileRow kSm80Tiles[] = {
     // Decode: bound by memory. Three CTAs a SM hide each other's softmax. Groups of up to 8 heads
     // have narrow products, unless they widen fp8.
-    {64, 8, 128, 2, 4, 3, 380, 190},   // shared memory: 68 KB in boxes, 79 without
-    {128, 8, 64, 2, 4, 3, 380, 190},   // at most 168 registers, 74 KB
-    {192, 8, 64, 2, 4, 2, 380, 230},   // shared memory: 91 KB
-    {256, 8, 64, 3, 4, 1, 380, 190},   // shared memory: 210 KB
-    {64, 16, 128, 2, 4, 3, 380, 190},  // shared memory: 69 KB in boxes, 80 without
-    {128, 16, 64, 2, 4, 3, 380, 190},  // at most 168 registers, 76 KB
-    {192, 16, 64, 2, 4, 2, 380, 230},  // shared memory: 95 KB
-    {256, 16, 64, 3, 4, 1, 380, 190},  // shared memory: 214 KB
+    {64, 8, 128, 2, 4, 3, 295, 165},   // shared memory: 68 KB in boxes, 79 without
+    {128, 8, 64, 2, 4, 3, 295, 165},   // at most 168 registers, 74 KB
+    {192, 8, 64, 2, 4, 2, 295, 200},   // shared memory: 91 KB
+    {256, 8, 64, 3, 4, 1, 295, 165},   // shared memory: 210 KB
+    {64, 16, 128, 2, 4, 3, 295, 165},  // shared memory: 69 KB in boxes, 80 without
+    {128, 16, 64, 2, 4, 3, 295, 165},  // at most 168 registers, 76 KB
+    {192, 16, 64, 2, 4, 2, 295, 200},  // shared memory: 95 KB
+    {256, 16, 64, 3, 4, 1, 295, 165},  // shared memory: 214 KB
     // Chunks, and verification of many tokens: a warp holds 16 rows.
     {128, 64, 64, 2, 4, 2, 400, 215},
     {192, 64, 64, 2, 4, 2, 400, 300},
@@ -39,7 +40,7 @@ constexpr TileRow kSm80Tiles[] = {
     // Prefill. 32 rows a warp: a fragment of K or V serves two products. 256 components of o leave
     // registers for 16 rows a warp only: eight warps share what they load.
     {64, 128, 64, 2, 4, 2, 500, 250},
-    {128, 128, 64, 2, 4, 2, 600, 300},  // 255 registers, 111 KB
+    {128, 128, 64, 2, 4, 2, 600, 260},  // 255 registers, 111 KB
     {256, 128, 64, 2, 8, 1, 600, 280},  // shared memory: 209 KB
 };
 constexpr int32_t kMinStages = 2;
