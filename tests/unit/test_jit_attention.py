@@ -210,3 +210,30 @@ def test_a_spec_takes_the_tile_table() -> None:
     assert len(general.tiles) > 1
     assert decode.decodes and not shared.decodes and not general.decodes
     assert (decode.group_size, decode.plain_pages, decode.aligned) == (4, True, True)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "kv_dtype", "rows"),
+    [
+        *((g, torch.bfloat16, 8) for g in (1, 4, 8)),
+        *((g, torch.bfloat16, 16) for g in (9, 16)),
+        (4, torch.float8_e4m3fn, 16),
+    ],
+)
+def test_decodes_of_few_heads_have_narrow_tiles(
+    group_size: int, kv_dtype: torch.dtype, rows: int
+) -> None:
+    heads = HeadShape(group_size, 1, 128)
+    decode = attention_spec(
+        heads, torch.bfloat16, kv_dtype, None, max_q_len=1, max_requests=64, has_nodes=False
+    )
+    assert [tile[0] for tile in decode.tiles] == [rows]
+
+
+def test_queries_have_the_tile_that_holds_them() -> None:
+    heads = HeadShape(4, 1, 128)
+    dtypes = (torch.bfloat16, torch.bfloat16)
+    two = attention_spec(heads, *dtypes, None, max_q_len=2, max_requests=64)
+    four = attention_spec(heads, *dtypes, None, max_q_len=4, max_requests=64)
+    assert [tile[0] for tile in two.tiles] == [8]
+    assert [tile[0] for tile in four.tiles] == [8, 16]
