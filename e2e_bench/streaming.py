@@ -117,7 +117,7 @@ class Engine:
         ).normal_()
         self._make_step(ring)
         self.variants = {
-            OURS: shipped.streaming_rope(stream.window, SINK_PREFIX),
+            OURS: shipped.streaming_rope(stream.window, SINK_PREFIX, multiples=True),
             APART: None,
         }
         self.planners = {

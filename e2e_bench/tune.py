@@ -83,8 +83,8 @@ class Change:
         """Planners that are built meanwhile are of the changed table."""
         own, own_classes = _core.sm80_tiles, class_plans._tile_classes
 
-        def planned(*args: Any) -> list[_core.TileClass]:
-            return [self.steps.get(one.rows, one) for one in own_classes(*args)]
+        def planned(*args: Any, **kwargs: Any) -> list[_core.TileClass]:
+            return [self.steps.get(one.rows, one) for one in own_classes(*args, **kwargs)]
 
         _core.sm80_tiles = lambda *shape: self.of(own(*shape))  # type: ignore[assignment]
         class_plans._tile_classes = planned

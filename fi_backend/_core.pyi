@@ -242,6 +242,8 @@ class DeviceInfo:
     def max_shared_bytes_per_sm(self) -> int: ...
     @property
     def overlaps_grids(self) -> bool: ...
+    @property
+    def copies_boxes(self) -> bool: ...
 
 class Kernel:
     def __init__(
@@ -285,6 +287,7 @@ class KernelParams:
 
 class CallTensors:
     # Of q, k, v, out and lse; lse may be None.
+    boxes: bool
     def take(
         self,
         params: KernelParams,
@@ -334,6 +337,7 @@ def sm80_tiles(
     max_q_len: int,
     max_requests: int,
     max_shared_bytes_per_sm: int = 233472,
+    boxes: bool = False,
 ) -> KernelTiles: ...
 def sm80_shared_bytes(
     head_dim_qk: int,
@@ -341,7 +345,9 @@ def sm80_shared_bytes(
     kv_bytes: int,
     tiles: list[tuple[int, int, int]],
     warps: int,
+    boxes: bool = False,
 ) -> int: ...
+def fits_boxes(head_dim_qk: int, head_dim_vo: int, kv_bytes: int, page_size: int) -> bool: ...
 
 # --- Planner kernel (bindings/bind_plan_kernel.cc)
 

@@ -12,8 +12,8 @@ import torch
 from fi_backend import _core
 from fi_backend.errors import require
 from fi_backend.formats import HeadShape
-from fi_backend.jit.attention_kernels import AttentionSpec, attention_spec
-from fi_backend.layers import Capacity, LayerClass
+from fi_backend.jit.attention_kernels import AttentionSpec, attention_spec, takes_boxes
+from fi_backend.layers import MAX_KV_LEN, Capacity, LayerClass
 
 # Spans per thread: enough that a preempted thread's work is taken over by the others.
 CPU_SPANS_PER_THREAD = 4
@@ -48,6 +48,7 @@ def plan_class(
     *,
     num_ctas: int | None,
     invariant_chunk: int,
+    page_size: int | None = None,
 ) -> ClassPlan:
     """Return the plan configuration of a class.
 
@@ -58,6 +59,7 @@ def plan_class(
         num_ctas: None: on a GPU as many as are resident at once, which depends on the class; on the
             CPU a few per torch thread.
         invariant_chunk: 0, or where batch-invariant mode cuts.
+        page_size: tokens of a page; None: not known, perhaps enough for boxes.
 
     Raises:
         InvalidInput: a chunk that the KV tiles do not divide, or sharing beside it.
@@ -71,6 +73,12 @@ def plan_class(
         if capacity.max_nodes > 0 and layer_class.shares:
             q_len = tile_q_len(q_len, layer_class.heads)
         gpu = _gpu_size(device)
+        boxes = gpu.copies_boxes and takes_boxes(
+            layer_class.heads,
+            layer_class.cache_dtype,
+            layer_class.variant,
+            MAX_KV_LEN if page_size is None else page_size,
+        )
         spec = attention_spec(
             layer_class.heads,
             layer_class.dtype,
@@ -79,9 +87,10 @@ def plan_class(
             max_q_len=q_len,
             max_requests=capacity.max_requests,
             has_nodes=capacity.max_nodes > 0,
+            boxes=boxes,
             max_shared_bytes_per_sm=gpu.shared_bytes_per_sm,
         )
-        classes = _tile_classes(layer_class, q_len, capacity.max_requests, gpu)
+        classes = _tile_classes(layer_class, q_len, capacity.max_requests, gpu, boxes=boxes)
         count = num_ctas or spec.ctas_per_sm * gpu.num_sms
     else:
         spec, classes = None, _core.cpu_tile_classes()
@@ -100,17 +109,18 @@ def tile_q_len(q_len: int, heads: HeadShape) -> int:
 class _GpuSize(NamedTuple):
     num_sms: int
     shared_bytes_per_sm: int
+    copies_boxes: bool
 
 
 def _gpu_size(device: torch.device) -> _GpuSize:
     if device.index is None:  # sizes of no GPU in particular: those of Hopper
-        return _GpuSize(132, 233472)
+        return _GpuSize(132, 233472, copies_boxes=True)
     info = _core.device_info(device.index)
-    return _GpuSize(info.num_sms, info.max_shared_bytes_per_sm)
+    return _GpuSize(info.num_sms, info.max_shared_bytes_per_sm, info.copies_boxes)
 
 
 def _tile_classes(
-    layer_class: LayerClass, max_q_len: int, max_requests: int, gpu: _GpuSize
+    layer_class: LayerClass, max_q_len: int, max_requests: int, gpu: _GpuSize, *, boxes: bool
 ) -> list[_core.TileClass]:
     heads = layer_class.heads
     tiles = _core.sm80_tiles(
@@ -120,6 +130,7 @@ def _tile_classes(
         max_q_len,
         max_requests,
         gpu.shared_bytes_per_sm,
+        boxes,
     )
     return tiles.classes
 

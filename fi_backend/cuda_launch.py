@@ -79,10 +79,12 @@ class CudaLaunch(SlotLaunch):
         self._kernels = _Kernels(spec, slot.device)
         self._variant = _VariantParams(slot.layer_class, slot.device, slot.longest)
         self._batch: PagedBatch | None = None
+        self._prepared = (0, True)  # page size of steps whose kernel is loaded; they are plain
         self._num_plans = 0  # plan that was checked, where values are checked
         self._num_tokens = 0  # of that plan; 0: only the device knows
         self._num_requests = 0
         self._plain = self._aligned_strides = True
+        self._boxes = False  # of the step's pages, where tensors are aligned
         self._tensors = _core.CallTensors()
         self._scales: tuple[object, ...] = ()  # empty: none in the parameter block
         params = self._params = _core.KernelParams()
@@ -130,9 +132,18 @@ class CudaLaunch(SlotLaunch):
             scales = (q_scale, k_scale, v_scale)
             call = Call(q, k, v, out, scale, lse, *scales, partial, tensors, names, numbers)
             self._variant.update(params, call, self._num_requests, self._num_tokens)
-        kernel = self._kernels.get(self._plain, self._aligned_strides and not low_bits)
+        aligned = self._aligned_strides and not low_bits
+        kernel = self._kernels.get(self._plain, aligned, self._boxes and aligned)
         stream = self._current_stream(self._index)
         _core.launch_attention(kernel, params, self._grid, self._threads, stream)
+
+    def prepare(self, table: PageTable) -> None:
+        """Load the kernel for a page table and aligned tensors: steps come before captures."""
+        plain = is_plain(table)
+        if (table.page_size, plain) == self._prepared:
+            return
+        self._kernels.get(plain, aligned=True, boxes=self._kernels.in_boxes(table))
+        self._prepared = (table.page_size, plain)
 
     def _set_step(self, slot: PlanSlot, k: Tensor) -> None:
         """Take the page table of a step; with FI_CHECK=1, let the next checks see its values."""
@@ -143,7 +154,10 @@ class CudaLaunch(SlotLaunch):
                 self._tensors.forget()
             self._params.table = table_view(batch)
             self._params.page_shift = table.page_size.bit_length() - 1
-            self._plain = is_plain(table)
+            self._plain, boxes = is_plain(table), self._kernels.in_boxes(table)
+            if boxes != self._boxes:
+                self._tensors.forget()
+            self._boxes = boxes
             self._num_requests = batch.num_requests
             self._batch = batch
         if not slot.checks_values:
@@ -166,6 +180,7 @@ class CudaLaunch(SlotLaunch):
         self.set_strides(self._params, call)
         self._params.kv = self.kv
         self._aligned_strides = has_aligned_strides(call.q, call.k, call.v, call.out)
+        self._tensors.boxes = self._boxes and self._aligned_strides
 
     def _set_scales(self, *scales: Tensor | None) -> None:
         """Take the scales of q, k and v, and check them when they change."""
@@ -197,16 +212,22 @@ class _Kernels:
     def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
         self._spec = spec
         self._device = device
-        self._loaded: dict[tuple[bool, bool], _core.Kernel] = {}
-        self.get(plain=True, aligned=True)  # before any capture
+        self._loaded: dict[tuple[bool, bool, bool], _core.Kernel] = {}
+        self.get(plain=True, aligned=True, boxes=spec.boxes)  # before any capture
 
-    def get(self, plain: bool, aligned: bool) -> _core.Kernel:
+    def in_boxes(self, table: PageTable) -> bool:
+        """Return whether aligned pages of a table are copied as boxes."""
+        spec = self._spec
+        sizes = (spec.head_dim_qk, spec.head_dim_vo, spec.kv_dtype.itemsize, table.page_size)
+        return spec.boxes and is_plain(table) and _core.fits_boxes(*sizes)
+
+    def get(self, plain: bool, aligned: bool, boxes: bool) -> _core.Kernel:
         """Return a kernel; one that was not used before is compiled, which a capture refuses."""
-        kernel = self._loaded.get((plain, aligned))
+        kernel = self._loaded.get((plain, aligned, boxes))
         if kernel is None:
-            spec = replace(self._spec, plain_pages=plain, aligned=aligned)
+            spec = replace(self._spec, plain_pages=plain, aligned=aligned, boxes=boxes)
             kernel = load(attention_kernel(spec), self._device)
-            self._loaded[plain, aligned] = kernel
+            self._loaded[plain, aligned, boxes] = kernel
             if not plain:
                 _say_once(
                     "attention takes a slower kernel for page tables with a page_map, a"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fi_backend import _core
 from fi_backend.errors import InvalidInput, contract_message, require
-from fi_backend.formats import DTYPE_CODES, PagedBatch
+from fi_backend.formats import DTYPE_CODES, PagedBatch, PageTable
 from fi_backend.slot_registry import find_slot
 
 if TYPE_CHECKING:
@@ -87,6 +87,10 @@ class SlotLaunch(ABC):
         Raises:
             InvalidInput: as ``attention``.
         """
+
+    def prepare(self, table: PageTable) -> None:
+        """Get ready for a step with a page table, when it is planned."""
+        del table
 
     def set_strides(self, params: _core.AttentionParams | _core.KernelParams, call: Call) -> None:
         """Take strides and sizes of tensors that were checked."""

@@ -111,8 +111,7 @@ class PlanSlot:
         self._kernel.enqueue(
             batch, self.plan, status, stream, forest, follows_forest=follows_forest
         )
-        self.batch = batch
-        self.num_plans += 1
+        self._take(batch)
 
     def fill_on_host(
         self, batch: PagedBatch, host: PagedBatch, forest: Tensor | None = None
@@ -136,9 +135,13 @@ class PlanSlot:
             bits = self._make_plan(host, self._host_plan)
             # From pageable memory: in stream order, and done with the source when it returns.
             self.plan.copy_(self._host_plan)
+        self._take(batch)
+        return bits
+
+    def _take(self, batch: PagedBatch) -> None:
+        self.launch.prepare(batch.page_table)
         self.batch = batch
         self.num_plans += 1
-        return bits
 
     def _plan_forest(self, host: PagedBatch, forest: Tensor) -> int:
         return _core.make_plan_of_forest(

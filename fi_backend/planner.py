@@ -90,12 +90,21 @@ def _plan_classes(
     device: torch.device | str,
     num_ctas: int | None,
     invariant_chunk: int,
+    *,
+    page_size: int | None = None,
 ) -> list[ClassPlan]:
     device = torch.device(device)
     if torch.cuda.is_available():
         device = resolve_device(device)
     return [
-        plan_class(one, capacity, device, num_ctas=num_ctas, invariant_chunk=invariant_chunk)
+        plan_class(
+            one,
+            capacity,
+            device,
+            num_ctas=num_ctas,
+            invariant_chunk=invariant_chunk,
+            page_size=page_size,
+        )
         for one in layer_classes
     ]
 
@@ -113,6 +122,8 @@ class StepPlanner:
         batch_invariant_chunk: 0, or cut KV only at multiples of this many tokens so that a
             request's bits depend on its own lengths and data alone. Sharing must be off.
         workspace: scratch memory shared with other planners of the same stream; None: allocated.
+        page_size: tokens of a page, where all steps have the same; None: kernels for pages of 8
+            tokens and more are loaded here, others when a step comes with them.
 
     Raises:
         InvalidInput: no classes, a chunk that the KV tiles do not divide, or a workspace elsewhere.
@@ -138,6 +149,7 @@ class StepPlanner:
         num_ctas: int | None = None,
         batch_invariant_chunk: int = 0,
         workspace: Workspace | None = None,
+        page_size: int | None = None,
     ) -> None:
         self.capacity = capacity
         require(
@@ -150,7 +162,9 @@ class StepPlanner:
         _check_classes(layer_classes, device)
         self.device = resolve_device(device)
         chunk = batch_invariant_chunk
-        planned = _plan_classes(layer_classes, capacity, self.device, num_ctas, chunk)
+        planned = _plan_classes(
+            layer_classes, capacity, self.device, num_ctas, chunk, page_size=page_size
+        )
         _prebuild(planned, capacity, self.device)
         size = WorkspaceSize.of(planned)
         if workspace is None:

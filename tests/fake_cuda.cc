@@ -149,4 +149,14 @@ int cuLaunchKernelEx(const fi::launch::LaunchConfig* config, void* function, voi
   return in_context(handle(value(function) - 0x20000), error);
 }
 
+int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* data, const uint64_t* sizes,
+                           const uint64_t* strides, const uint32_t* box, const uint32_t* steps,
+                           int interleave, int swizzle, int promotion, int outside) {
+  if (rank != 4 || steps[0] + steps[1] + steps[2] + steps[3] != 4) return kInvalidValue;
+  *static_cast<fi::TensorMap*>(map) = {{reinterpret_cast<uint64_t>(data), sizes[0]}};
+  return call("cuTensorMapEncodeTiled", type, sizes[0], sizes[1], sizes[2], sizes[3], strides[0],
+              strides[1], strides[2], box[0], box[1], box[2], box[3], interleave, swizzle,
+              promotion, outside);
+}
+
 }  // extern "C"

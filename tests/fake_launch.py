@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,15 +25,23 @@ STREAM = 77
 CPU = torch.device("cpu")
 
 
+class Choice(NamedTuple):
+    """What a kernel was compiled for."""
+
+    plain: bool
+    aligned: bool
+    boxes: bool = False
+
+
 @dataclass
 class Launches:
     """What reached the fakes."""
 
-    loaded: list[tuple[bool, bool]] = field(default_factory=list)  # plain pages, aligned
-    calls: list[tuple[tuple[bool, bool], Any, int, int, int]] = field(default_factory=list)
+    loaded: list[Choice] = field(default_factory=list)
+    calls: list[tuple[Choice, Any, int, int, int]] = field(default_factory=list)
 
     @property
-    def kernel(self) -> tuple[bool, bool]:
+    def kernel(self) -> Choice:
         return self.calls[-1][0]
 
     @property
@@ -45,8 +53,8 @@ def fake_launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     """Replace what needs a GPU."""
     seen = Launches()
 
-    def load(spec: Any, device: torch.device) -> tuple[bool, bool]:
-        seen.loaded.append((spec.plain_pages, spec.aligned))
+    def load(spec: Any, device: torch.device) -> Choice:
+        seen.loaded.append(Choice(spec.plain_pages, spec.aligned, spec.boxes))
         return seen.loaded[-1]
 
     monkeypatch.setattr(cuda_launch, "attention_kernel", lambda spec: spec)
@@ -58,14 +66,17 @@ def fake_launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     return seen
 
 
-def make_slot(variant: fi.Variant | None = None, dtype: torch.dtype = torch.float16) -> PlanSlot:
+def make_slot(
+    variant: fi.Variant | None = None, dtype: torch.dtype = torch.float16, *, boxes: bool = False
+) -> PlanSlot:
     layer_class = fi.LayerClass(HEADS, dtype, variant=variant)
     device = torch.device("cuda")
     planned = plan_class(layer_class, CAPACITY, device, num_ctas=6, invariant_chunk=0)
     workspace = fi.Workspace.allocate(fi.WorkspaceSize.of([planned]), CPU)
     slot = PlanSlot(dataclasses.replace(planned, spec=None), workspace, CPU)
     assert planned.spec is not None
-    slot.launch = CudaLaunch(slot, planned.spec)
+    assert planned.spec.boxes is (variant is None or variant.rotation is None)
+    slot.launch = CudaLaunch(slot, dataclasses.replace(planned.spec, boxes=boxes))
     return slot
 
 
@@ -81,8 +92,7 @@ def make_batch(page: int = 16, **options: Any) -> fi.PagedBatch:
 
 def plan(slot: PlanSlot, batch: fi.PagedBatch | None = None) -> None:
     """What StepPlanner.plan does for the launch; the plan's bytes do not matter here."""
-    slot.batch = make_batch() if batch is None else batch
-    slot.num_plans += 1
+    slot._take(make_batch() if batch is None else batch)
 
 
 def make_q(*shape: int) -> Tensor:

@@ -118,6 +118,10 @@ GPU_CASES = [
             ("rope", 4, 128, BF16),
             ("rope-some", 8, 64, FP16),
             ("streaming", 4, 128, BF16),
+            ("rope-steps", 4, 128, BF16),
+            ("rope-some-steps", 1, 64, FP16),
+            ("streaming-steps", 1, 128, BF16),
+            ("streaming-many-sinks-steps", 4, 112, FP16),
             ("streaming-many-sinks", 1, 112, FP16),
         )
     ),

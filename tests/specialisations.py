@@ -11,7 +11,7 @@ from named_cases import capacity_of
 from variant_cases import VARIANTS
 
 from fi_backend.class_plans import SHARED_TILE_ROWS
-from fi_backend.jit.attention_kernels import attention_kernel, attention_spec
+from fi_backend.jit.attention_kernels import attention_kernel, attention_spec, takes_boxes
 from fi_backend.jit.kernels import DeviceKernel
 from fi_backend.variants import Variant
 
@@ -54,7 +54,11 @@ def kernel_of(
         max_requests=capacity.max_requests,
         has_nodes=shares,
     )
-    return attention_kernel(dataclasses.replace(spec, plain_pages=is_plain(case), aligned=aligned))
+    plain = is_plain(case)
+    boxes = plain and aligned and takes_boxes(case.heads, case.cache_dtype, variant, case.page_size)
+    return attention_kernel(
+        dataclasses.replace(spec, plain_pages=plain, aligned=aligned, boxes=boxes)
+    )
 
 
 def planned_kernels(

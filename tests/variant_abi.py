@@ -107,7 +107,8 @@ def mask_kind(address: int, box: Mapping[str, int], params: list[ParamTuple]) ->
     bounds = [box[f"{word}_{end}"] for word in words for end in ("min", "max")]
     c_box = (ctypes.c_int32 * len(bounds))(*bounds)
     function = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)(address)
-    return KINDS[function(ctypes.addressof(c_box), ctypes.addressof(_c_params(params)))]
+    c_params = _c_params(params)  # lives through the call
+    return KINDS[function(ctypes.addressof(c_box), ctypes.addressof(c_params))]
 
 
 def run_chain(bound: BoundVariant, tile: Tile, logits: Tensor) -> Tensor:

@@ -52,17 +52,31 @@ def _angles(slots: int, rotary_dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], -1).float()
 
 
-def _rope(case: Case, rotary_dim: int = 0, *, interleaved: bool = False, slots: int = 0) -> Made:
+def _rope(
+    case: Case,
+    rotary_dim: int = 0,
+    *,
+    interleaved: bool = False,
+    slots: int = 0,
+    multiples: bool = False,
+) -> Made:
     longest = max((kv_len for _, kv_len in case.lengths), default=0)
     table = _angles(slots or longest or 1, rotary_dim or case.heads.head_dim_qk)
-    return rope(interleaved=interleaved), {"cos_sin": table}
+    return rope(interleaved=interleaved, multiples=multiples), {"cos_sin": table}
 
 
-def _streaming(case: Case, num_tokens: int, sink_prefix: int, max_q_len: int = 0) -> Made:
+def _streaming(
+    case: Case,
+    num_tokens: int,
+    sink_prefix: int,
+    max_q_len: int = 0,
+    *,
+    multiples: bool = False,
+) -> Made:
     """With no more slots than a text of any length needs."""
     q_len = max_q_len or max((q_len for q_len, _ in case.lengths), default=0)
     table = _angles(num_tokens + sink_prefix + q_len, case.heads.head_dim_qk)
-    return streaming_rope(num_tokens, sink_prefix), {"cos_sin": table}
+    return streaming_rope(num_tokens, sink_prefix, multiples=multiples), {"cos_sin": table}
 
 
 def _tree(case: Case, g: Generator) -> Made:
@@ -112,6 +126,14 @@ VARIANTS: dict[str, Callable[[Case, Generator], Made]] = {
     # With room for what a planner on a GPU is built for.
     "gpu-rope": lambda case, _: _rope(case, slots=2048),
     "gpu-rope-some": lambda case, _: _rope(case, 32, interleaved=True, slots=2048),
+    "gpu-rope-steps": lambda case, _: _rope(case, slots=2048, multiples=True),
+    "gpu-rope-some-steps": lambda case, _: _rope(
+        case, 32, interleaved=True, slots=2048, multiples=True
+    ),
+    "gpu-streaming-steps": lambda case, _: _streaming(case, 40, 4, 1024, multiples=True),
+    "gpu-streaming-many-sinks-steps": lambda case, _: _streaming(
+        case, 20, 70, 1024, multiples=True
+    ),
     "gpu-streaming": lambda case, _: _streaming(case, 40, 4, 1024),
     "gpu-streaming-many-sinks": lambda case, _: _streaming(case, 20, 70, 1024),
     "streaming": lambda case, _: _streaming(case, 40, 4),

@@ -75,6 +75,7 @@ def _prebuild(args: Any) -> None:
         max_tokens=args.max_tokens,
         max_kv_len=args.max_kv_len,
         max_shared_bytes_per_sm=kernels.shared_bytes_of_arch(args.arch),
+        copies_boxes=kernels.arch_copies_boxes(args.arch),
     )
     wanted = serving_kernels(find_model(args.model), serving)
     kernels.prebuild(wanted, args.arch, progress=True)

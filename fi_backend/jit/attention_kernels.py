@@ -39,6 +39,8 @@ class AttentionSpec:
         ctas_per_sm: CTAs that share a multiprocessor, which bounds registers.
         plain_pages: table entries are page ids and the page size is a power of two.
         aligned: addresses and strides of q, K and V are multiples of 16 bytes.
+        boxes: K and V are copied as boxes of tensor maps (``takes_boxes``); never where pages are
+            not plain or tensors not aligned.
         decodes: steps have no shared prefixes and one query token per request, so that code for
             both is left out. Longer requests are computed too, more slowly.
     """
@@ -54,6 +56,7 @@ class AttentionSpec:
     ctas_per_sm: int
     plain_pages: bool
     aligned: bool
+    boxes: bool
     decodes: bool
 
 
@@ -68,6 +71,7 @@ def attention_spec(
     has_nodes: bool = True,
     plain_pages: bool = True,
     aligned: bool = True,
+    boxes: bool = False,
     max_shared_bytes_per_sm: int = HOPPER_SHARED_BYTES,
 ) -> AttentionSpec:
     """Return the specialisation for a layer class, with the item classes that its steps can need.
@@ -82,6 +86,7 @@ def attention_spec(
         has_nodes: whether a step may have shared prefixes.
         plain_pages: as in ``AttentionSpec``.
         aligned: as in ``AttentionSpec``.
+        boxes: as in ``AttentionSpec``.
         max_shared_bytes_per_sm: of the GPU: ``_core.device_info`` knows it where there is one,
             ``kernels.shared_bytes_of_arch`` elsewhere.
     """
@@ -93,6 +98,7 @@ def attention_spec(
         max_q_len,
         max_requests,
         max_shared_bytes_per_sm,
+        boxes,
     )
     tiles = tuple(
         (c.rows, c.kv_tile, stages) for c, stages in zip(table.classes, table.stages, strict=True)
@@ -108,8 +114,25 @@ def attention_spec(
         table.ctas_per_sm,
         plain_pages,
         aligned,
+        boxes,
         decodes=max_q_len == 1 and not has_nodes,
     )
+
+
+def takes_boxes(
+    heads: HeadShape, kv_dtype: torch.dtype, variant: Variant | None, page_size: int
+) -> bool:
+    """Return whether a GPU that can copy boxes of tensor maps does, for plain and aligned pages.
+
+    Args:
+        heads: of one rank.
+        kv_dtype: of the cache.
+        variant: one that turns K does that in rows that threads have copied.
+        page_size: tokens of a page.
+    """
+    turns = variant is not None and variant.rotation is not None
+    dims = (heads.head_dim_qk, heads.head_dim_vo)
+    return not turns and _core.fits_boxes(*dims, kv_dtype.itemsize, page_size)
 
 
 @lru_cache(maxsize=1024)
@@ -126,7 +149,12 @@ def attention_kernel(spec: AttentionSpec) -> DeviceKernel:
     hint = "pack scalars into one tensor"
     require(count <= MAX_VARIANT_PARAMS, "variant", rule, count, hint, kind=Unsupported)
     shared_bytes = _core.sm80_shared_bytes(
-        spec.head_dim_qk, spec.head_dim_vo, spec.kv_dtype.itemsize, list(spec.tiles), spec.warps
+        spec.head_dim_qk,
+        spec.head_dim_vo,
+        spec.kv_dtype.itemsize,
+        list(spec.tiles),
+        spec.warps,
+        spec.boxes,
     )
     structs = device_structs(functions)
 
@@ -164,6 +192,7 @@ def _entry(spec: AttentionSpec, function: str, tiles: Sequence[tuple[int, int, i
             *map(str, (spec.head_dim_qk, spec.head_dim_vo, spec.group_size)),
             bool_literal(spec.plain_pages),
             bool_literal(spec.aligned),
+            bool_literal(spec.boxes),
             bool_literal(spec.decodes),
         )
     )
@@ -191,4 +220,5 @@ def _title(spec: AttentionSpec) -> str:
         *(["decode"] if spec.decodes else []),
         "plain" if spec.plain_pages else "any-table",
     ]
+    words += ["boxes"] if spec.boxes else []
     return " ".join(words if spec.aligned else [*words, "unaligned"])

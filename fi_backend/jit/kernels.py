@@ -32,6 +32,7 @@ _SHARED_KIB = {
     **dict.fromkeys((86, 88, 89, 120, 121), 100),
     **dict.fromkeys((90, 100, 103, 110), 228),
 }
+_MAJORS_WITH_BOXES = (9, 10)  # sm_120 has them too, but kernels then need a stack there
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +169,12 @@ def arch_of(device: torch.device) -> str:
         DeviceError: no driver, or no such device.
     """
     return _arch_of_index(_index_of(device))
+
+
+def arch_copies_boxes(arch: str) -> bool:
+    """Return whether GPUs of an architecture such as "sm_90a" copy boxes of tensor maps."""
+    match = re.fullmatch(r"sm_(\d+)[af]?", arch)
+    return match is not None and int(match[1]) // 10 in _MAJORS_WITH_BOXES
 
 
 def shared_bytes_of_arch(arch: str) -> int:

@@ -16,7 +16,7 @@ from fi_backend import _core
 from fi_backend.class_plans import plan_capacity, tile_q_len
 from fi_backend.cuda_ops import AppendSpec, append_kernels, merge_kernel
 from fi_backend.errors import require
-from fi_backend.jit.attention_kernels import attention_kernel, attention_spec
+from fi_backend.jit.attention_kernels import attention_kernel, attention_spec, takes_boxes
 from fi_backend.jit.kernels import HOPPER_SHARED_BYTES, DeviceKernel, distinct
 from fi_backend.jit.models import ModelShape
 from fi_backend.layers import Capacity
@@ -43,6 +43,7 @@ class Serving:
         max_tokens: query tokens of a step.
         max_kv_len: KV tokens of a request.
         max_shared_bytes_per_sm: of the GPU.
+        copies_boxes: it is a Hopper GPU or a later one.
 
     Raises:
         InvalidInput: a count that is not positive.
@@ -55,10 +56,11 @@ class Serving:
     max_tokens: int = 8192
     max_kv_len: int = 131072
     max_shared_bytes_per_sm: int = HOPPER_SHARED_BYTES
+    copies_boxes: bool = True
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, int):
+            if isinstance(value, int) and not isinstance(value, bool):
                 require(value > 0, name, "a positive count", value, "pass the engine's setting")
 
     @property
@@ -101,9 +103,19 @@ def _attention_kernels(shape: ModelShape, serving: Serving) -> Iterator[DeviceKe
             max_requests=serving.max_requests,
             has_nodes=shares,
             plain_pages=serving.plain_pages,
+            boxes=_takes_boxes(shape, serving),
             max_shared_bytes_per_sm=serving.max_shared_bytes_per_sm,
         )
         yield attention_kernel(spec)
+
+
+def _takes_boxes(shape: ModelShape, serving: Serving) -> bool:
+    heads, kv_dtype = shape.heads_of_rank(serving.tensor_parallel), serving.kv_dtype or shape.dtype
+    return (
+        serving.copies_boxes
+        and serving.plain_pages
+        and takes_boxes(heads, kv_dtype, shape.variant, serving.page_size)
+    )
 
 
 def _planner_kernels(shape: ModelShape, serving: Serving) -> Iterator[DeviceKernel]:
@@ -117,6 +129,7 @@ def _planner_kernels(shape: ModelShape, serving: Serving) -> Iterator[DeviceKern
             tile_q_len(q_len, heads) if shares else q_len,
             serving.max_requests,
             serving.max_shared_bytes_per_sm,
+            _takes_boxes(shape, serving),
         )
         capacity = _capacity(serving, q_len)
         if shares:

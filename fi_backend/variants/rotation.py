@@ -30,12 +30,16 @@ class Rotation:
         interleaved: pairs are neighbours (2i, 2i + 1); else (i, i + rotary_dim / 2).
         window: tokens of the rolling window, the query's own included; 0: slots are positions.
         sink_prefix: leading tokens that stay in slots of their own beside the window.
+        multiples: row s of the table holds cosines and sines of s times the angles of row 1, not
+            scaled. Kernels may then work angles out from those of nearby slots instead of reading
+            all of them. Nothing checks it.
     """
 
     cos_sin: str = "cos_sin"
     interleaved: bool = False
     window: int = 0
     sink_prefix: int = 0
+    multiples: bool = False
 
     def slots_needed(self, max_q_len: int, max_kv_len: int) -> int:
         """Return how many slots a step with these lengths uses."""

@@ -151,19 +151,24 @@ def sigmoid_attention(bias: float = 0.0) -> Variant:
     return Variant("sigmoid", logits=_sigmoid_weight, softmax=False, params=params)
 
 
-def rope(*, interleaved: bool = False) -> Variant:
+def rope(*, interleaved: bool = False, multiples: bool = False) -> Variant:
     """Return attention that turns q and K by their positions: the cache holds K without RoPE.
 
     Args:
         interleaved: pairs are neighbours as in GPT-J; else halves as in GPT-NeoX and Llama.
+        multiples: the table is that of fixed frequencies, not scaled (``Rotation``): K turns
+            faster. Tables of YaRN, which scale, are not.
 
     Parameters: ``cos_sin``: float32 [positions, rotary_dim], cosines, then sines.
     """
     params = (Tensor("cos_sin", ndim=2),)
-    return Variant("rope", rotation=Rotation(interleaved=interleaved), params=params)
+    rotation = Rotation(interleaved=interleaved, multiples=multiples)
+    return Variant("rope", rotation=rotation, params=params)
 
 
-def streaming_rope(num_tokens: int, sink_prefix: int = 4, *, interleaved: bool = False) -> Variant:
+def streaming_rope(
+    num_tokens: int, sink_prefix: int = 4, *, interleaved: bool = False, multiples: bool = False
+) -> Variant:
     """Return attention over leading tokens and a window, positions rolling (StreamingLLM).
 
     q and K turn by slots in what is still seen, so that a text may be longer than any position a
@@ -173,6 +178,7 @@ def streaming_rope(num_tokens: int, sink_prefix: int = 4, *, interleaved: bool =
         num_tokens: of the window, as in ``sliding_window``.
         sink_prefix: leading positions that stay visible.
         interleaved: as in ``rope``.
+        multiples: as in ``rope``.
 
     Parameters: ``cos_sin``: float32 [slots, rotary_dim], cosines, then sines; slots:
     ``sink_prefix + num_tokens`` and the query tokens of the longest request.
@@ -181,7 +187,9 @@ def streaming_rope(num_tokens: int, sink_prefix: int = 4, *, interleaved: bool =
         InvalidInput: an empty window or a negative prefix.
     """
     window = sliding_window(num_tokens, sink_prefix)
-    rotation = Rotation(interleaved=interleaved, window=num_tokens, sink_prefix=sink_prefix)
+    rotation = Rotation(
+        interleaved=interleaved, window=num_tokens, sink_prefix=sink_prefix, multiples=multiples
+    )
     params = (*window.params, Tensor("cos_sin", ndim=2))
     return Variant("streaming_rope", mask=_window_mask, rotation=rotation, params=params)
 

@@ -77,7 +77,8 @@ def device_variant(variant: Variant | None) -> str:
         lists.append(f"Functions<{', '.join(bound)}>")
     if variant.rotation is not None:
         rotation = variant.rotation
-        words = ["true" if one else "false" for one in (rotation.interleaved, rotation.window > 0)]
+        facts = (rotation.interleaved, rotation.window > 0, rotation.multiples)
+        words = ["true" if one else "false" for one in facts]
         lists.append(f"Turns<{', '.join(words)}>")
     return f"Variant<{'true' if variant.softmax else 'false'}, {', '.join(lists)}>"
 

@@ -83,7 +83,7 @@ class FiAttentionBackend(base_attn_backend.AttentionBackend):
 
     def _make_plans(self) -> StepPlans:
         layers = list(self._layers.values())
-        return StepPlans.of(layers, self._limits, self.device, self._writes)
+        return StepPlans.of(layers, self._limits, self.device, self._page_size, writes=self._writes)
 
     def _window_left(self) -> int | None:
         """Return the widest window of the layers with a pool of their own; None: there are none."""

@@ -79,7 +79,13 @@ class StepPlans:
 
     @classmethod
     def of(
-        cls, layers: Sequence[ServedLayer], limits: StepLimits, device: torch.device, writes: bool
+        cls,
+        layers: Sequence[ServedLayer],
+        limits: StepLimits,
+        device: torch.device,
+        page_size: int,
+        *,
+        writes: bool,
     ) -> StepPlans:
         """Make the planners, and compile what they need on a GPU.
 
@@ -87,6 +93,7 @@ class StepPlans:
             layers: of the model.
             limits: without sharing.
             device: of the model.
+            page_size: tokens of a page.
             writes: whether this process writes lines about sharing.
 
         Raises:
@@ -107,7 +114,9 @@ class StepPlans:
 
         def make(capacity: Capacity, class_of: Callable[[ServedLayer], LayerClass]) -> Plan:
             index = distinct(class_of(layer) for layer in layers)
-            planner = StepPlanner(list(index), capacity, device, workspace=workspace)
+            planner = StepPlanner(
+                list(index), capacity, device, workspace=workspace, page_size=page_size
+            )
             shared_reads.watch(planner, writes=writes)
             slots = {one.layer: planner.slot(index[class_of(one)]) for one in layers}
             return Plan(planner, slots)

@@ -232,6 +232,7 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                 self.device,
                 batch_invariant_chunk=chunk,
                 workspace=shared_workspace(self.device, self.vllm_config, classes, limits),
+                page_size=self._page_size,
             )
             shared_reads.watch(planner, writes=self.vllm_config.parallel_config.rank == 0)
             return _GroupPlan(planner, {name: planner.slot(i) for name, i in slot_of.items()})

@@ -1,10 +1,12 @@
 // Kernels on a GPU: loading, the attention kernel's parameter block, its launch.
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <string_view>
 #include <tuple>
+#include <unordered_map>
 #include <vector>
 
 #include "bindings/address.h"
@@ -13,6 +15,7 @@
 #include "cpu/attention.h"
 #include "fi/attention/kernel_params.h"
 #include "launch/kernel.h"
+#include "launch/tensor_map.h"
 
 namespace py = pybind11;
 
@@ -66,7 +69,8 @@ void bind_kernel(py::module_& m) {
       .def_readonly("num_sms", &DeviceInfo::num_sms)
       .def_readonly("max_shared_bytes", &DeviceInfo::max_shared_bytes)
       .def_readonly("max_shared_bytes_per_sm", &DeviceInfo::max_shared_bytes_per_sm)
-      .def_readonly("overlaps_grids", &DeviceInfo::overlaps_grids);
+      .def_readonly("overlaps_grids", &DeviceInfo::overlaps_grids)
+      .def_readonly("copies_boxes", &DeviceInfo::copies_boxes);
   // Starting the driver and loading code take milliseconds: other threads run meanwhile.
   m.def("device_info", &launch::device_info, py::arg("device"),
         py::call_guard<py::gil_scoped_release>());
@@ -123,6 +127,29 @@ void bind_kernel_params(py::module_& m) {
       .def("set_variant_params", &set_variant_params, py::arg("params"));
 }
 
+// The tensor maps of caches that differ in addresses alone: those of the layers of a class.
+class CacheMaps {
+ public:
+  // The map of a cache that was read from a tensor of four dimensions. One without pages has none.
+  TensorMap of(const void* data, const TensorShape& tensor) {
+    if (std::memcmp(&tensor, &shape_, sizeof tensor) != 0 || maps_.size() == kMost) maps_.clear();
+    shape_ = tensor;
+    if (tensor.shape[0] == 0) return {};
+    const auto found = maps_.find(data);
+    if (found != maps_.end()) return found->second;
+    launch::CacheTensor cache{data, {}, {}, tensor.dtype.bits / 8};
+    std::copy_n(tensor.shape, 4, cache.shape);
+    std::copy_n(tensor.strides, 4, cache.strides);
+    return maps_[data] = launch::map_of_cache(cache);
+  }
+
+ private:
+  static constexpr std::size_t kMost = 4096;  // layers; more are temporary tensors
+
+  TensorShape shape_{};
+  std::unordered_map<const void*, TensorMap> maps_;
+};
+
 // The tensors of a slot's last checked call. Layers and steps differ in addresses, seldom in more.
 class CallTensors {
  public:
@@ -130,7 +157,7 @@ class CallTensors {
   // addresses alone. Returns the bits below 16 that are set in an address of q, k, v or out; -1:
   // they differ.
   int32_t take(KernelParams& params, py::handle q, py::handle k, py::handle v, py::handle out,
-               py::handle lse, float scale, bool is_partial) const {
+               py::handle lse, float scale, bool is_partial) {
     TensorShapes shapes;
     Addresses to;
     if (!read({q, k, v, out, lse}, shapes, to)) {
@@ -151,6 +178,8 @@ class CallTensors {
 
   void forget() { seen_ = {}; }
 
+  bool boxes = false;  // the kernel copies boxes where addresses are aligned: maps are written too
+
  private:
   static constexpr int32_t kCount = 5;
   static constexpr uintptr_t kAlignment = 16;
@@ -165,7 +194,7 @@ class CallTensors {
     return true;
   }
 
-  static int32_t write(KernelParams& params, const Addresses& to, float scale, bool is_partial) {
+  int32_t write(KernelParams& params, const Addresses& to, float scale, bool is_partial) {
     const auto [q, k, v, out, lse] = to;
     params.q = q;
     params.kv.k = k;
@@ -176,11 +205,16 @@ class CallTensors {
     params.is_partial = is_partial;
     uintptr_t bits = 0;
     for (const void* address : {q, k, v, out}) bits |= reinterpret_cast<uintptr_t>(address);
+    if (boxes && bits % kAlignment == 0) {
+      params.k_boxes = k_maps_.of(k, seen_[1]);
+      params.v_boxes = v_maps_.of(v, seen_[2]);
+    }
     return static_cast<int32_t>(bits % kAlignment);
   }
 
   TensorReader reader_;
   TensorShapes seen_{};
+  CacheMaps k_maps_, v_maps_;
 };
 
 void bind_call_tensors(py::module_& m) {
@@ -190,7 +224,8 @@ void bind_call_tensors(py::module_& m) {
            py::arg("out"), py::arg("lse"), py::arg("scale"), py::arg("is_partial"))
       .def("remember", &CallTensors::remember, py::arg("params"), py::arg("q"), py::arg("k"),
            py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("scale"), py::arg("is_partial"))
-      .def("forget", &CallTensors::forget);
+      .def("forget", &CallTensors::forget)
+      .def_readwrite("boxes", &CallTensors::boxes);
 }
 
 void launch_attention(const Kernel& kernel, const KernelParams& params, int32_t grid,

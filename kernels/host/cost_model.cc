@@ -9,8 +9,9 @@ namespace {
 
 // A row of the sm80 tile table, for heads whose larger dimension is at most `max_head_dim`.
 // Costs are in units of about 9 ns of an H200, where tiles of 64 and 128 rows multiply by
-// warpgroups. Those of head dimension 128 were traced in steps with shared prefixes, and a tile of
-// 128 rows swept (docs/notes/2026-11-27-merge-chains.md); the others follow from them or are older.
+// warpgroups. Those of head dimension 128 were swept in steps with shared prefixes, those of 128
+// rows against prefill too (docs/notes/2026-11-28-narrow-tiles.md); the others follow from them or
+// are older.
 struct TileRow {
   int32_t max_head_dim;
   int32_t rows, kv_tile, stages;
@@ -21,11 +22,16 @@ struct TileRow {
 
 // Of equal `rows` the first that fits is taken.
 constexpr TileRow kSm80Tiles[] = {
-    // Decode: bound by memory. Three CTAs a SM hide each other's softmax.
-    {64, 16, 128, 2, 4, 3, 290, 190},  // at most 168 registers, 77 KB
-    {128, 16, 64, 2, 4, 3, 290, 190},  // at most 168 registers, 76 KB
-    {192, 16, 64, 2, 4, 2, 290, 230},  // shared memory: 95 KB
-    {256, 16, 64, 3, 4, 1, 290, 190},  // shared memory: 214 KB
+    // Decode: bound by memory. Three CTAs a SM hide each other's softmax. Groups of up to 8 heads
+    // have narrow products, unless they widen fp8.
+    {64, 8, 128, 2, 4, 3, 295, 165},   // shared memory: 68 KB in boxes, 79 without
+    {128, 8, 64, 2, 4, 3, 295, 165},   // at most 168 registers, 74 KB
+    {192, 8, 64, 2, 4, 2, 295, 200},   // shared memory: 91 KB
+    {256, 8, 64, 3, 4, 1, 295, 165},   // shared memory: 210 KB
+    {64, 16, 128, 2, 4, 3, 295, 165},  // shared memory: 69 KB in boxes, 80 without
+    {128, 16, 64, 2, 4, 3, 295, 165},  // at most 168 registers, 76 KB
+    {192, 16, 64, 2, 4, 2, 295, 200},  // shared memory: 95 KB
+    {256, 16, 64, 3, 4, 1, 295, 165},  // shared memory: 214 KB
     // Chunks, and verification of many tokens: a warp holds 16 rows.
     {128, 64, 64, 2, 4, 2, 400, 215},
     {192, 64, 64, 2, 4, 2, 400, 300},
@@ -38,19 +44,23 @@ constexpr TileRow kSm80Tiles[] = {
     {256, 128, 64, 2, 8, 1, 600, 280},  // shared memory: 209 KB
 };
 constexpr int32_t kMinStages = 2;
+constexpr int32_t kNarrowRows = 8;  // whose products widen no fp8
 
 // What a CTA takes of a SM's shared memory: the system's share and the static part come on top.
 int32_t cta_bytes(const KernelShape& shape, const TileRow& row, int32_t stages, int32_t warps) {
-  constexpr int32_t kReservedBytes = 1024 + sm80::kStaticBytes;
-  return kReservedBytes + sm80::plan_shared(shape.head_dim_qk, shape.head_dim_vo, shape.kv_bytes,
-                                            row.rows, row.kv_tile, stages, warps)
-                              .bytes;
+  // Boxes lie at multiples of an atom, behind the static part.
+  const bool in_boxes = shape.boxes && sm80::takes_boxes(row.rows, row.kv_tile);
+  const int32_t reserved = 1024 + (in_boxes ? sm80::kBoxAtom : sm80::kStaticBytes);
+  return reserved + sm80::plan_shared(shape.head_dim_qk, shape.head_dim_vo, shape.kv_bytes,
+                                      row.rows, row.kv_tile, stages, warps, in_boxes)
+                        .bytes;
 }
 
 std::vector<TileRow> tiles_that_fit(const KernelShape& shape) {
   std::vector<TileRow> result;
   for (const TileRow& row : kSm80Tiles) {
     const bool is_taken = !result.empty() && result.back().rows == row.rows;
+    if (row.rows == kNarrowRows && shape.kv_bytes != 2) continue;
     if (is_taken || std::max(shape.head_dim_qk, shape.head_dim_vo) > row.max_head_dim) continue;
     if (cta_bytes(shape, row, kMinStages, row.warps) <= shape.max_shared_bytes_per_sm) {
       result.push_back(row);

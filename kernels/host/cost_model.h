@@ -36,6 +36,7 @@ struct KernelShape {
   int32_t max_q_len;     // query tokens of one request, at most
   int32_t max_requests;  //
   int32_t max_shared_bytes_per_sm;
+  bool boxes;  // K and V come as boxes of tensor maps, in the classes that take them
 };
 
 KernelTiles sm80_tiles(const KernelShape& shape);

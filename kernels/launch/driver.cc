@@ -67,6 +67,8 @@ Driver open_driver(const char* library_name) {
   find_in("cuOccupancyMaxActiveBlocksPerMultiprocessor", d.occupancy);
   find_in("cuLaunchKernel", d.launch_kernel);
   find_in("cuLaunchKernelEx", d.launch_kernel_ex);
+  d.tensor_map_encode =
+      reinterpret_cast<decltype(d.tensor_map_encode)>(dlsym(library, "cuTensorMapEncodeTiled"));
   return d;
 }
 

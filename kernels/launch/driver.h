@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 
 namespace fi::launch {
@@ -45,7 +46,7 @@ struct LaunchConfig {  // CUlaunchConfig
   unsigned num_attributes;
 };
 
-// Every function is valid once open_driver() returned.
+// Every function is valid once open_driver() returned, but for tensor_map_encode.
 struct Driver {
   Result (*init)(unsigned flags);
   Result (*get_error_name)(Result error, const char** name);
@@ -71,6 +72,11 @@ struct Driver {
                           void** extra);
   Result (*launch_kernel_ex)(const LaunchConfig* config, Handle function, void** params,
                              void** extra);
+  // Null before CUDA 12. All choices are enumerations of cuda.h.
+  Result (*tensor_map_encode)(void* map, int type, unsigned rank, void* data,
+                              const std::uint64_t* sizes, const std::uint64_t* strides,
+                              const std::uint32_t* box, const std::uint32_t* steps, int interleave,
+                              int swizzle, int promotion, int outside);
 };
 
 // The driver of this machine, opened and initialised by the first call that succeeds. Any thread.

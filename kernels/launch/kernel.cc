@@ -11,6 +11,8 @@ namespace {
 constexpr int32_t kSharedBytesWithoutOptIn = 32 << 10;
 // Grids overlap from sm_90 on. Older drivers refuse to capture such launches in a graph.
 constexpr int32_t kOverlapMajor = 9, kOverlapDriver = 12030;
+// Kernels for sm_120 that copy boxes need a stack.
+constexpr int32_t kFirstBoxesMajor = 9, kLastBoxesMajor = 10;
 constexpr int32_t kAllOfSharedMemory = 100;  // CU_SHAREDMEM_CARVEOUT_MAX_SHARED
 
 // Makes a context current for a scope. Torch's threads have it current already: then this is one
@@ -112,7 +114,8 @@ DeviceInfo device_info(int32_t index) {
           attribute(DeviceAttribute::kMultiprocessorCount),
           attribute(DeviceAttribute::kMaxSharedMemoryPerBlockOptin),
           attribute(DeviceAttribute::kMaxSharedMemoryPerMultiprocessor),
-          major >= kOverlapMajor && version >= kOverlapDriver};
+          major >= kOverlapMajor && version >= kOverlapDriver,
+          major >= kFirstBoxesMajor && major <= kLastBoxesMajor && d.tensor_map_encode != nullptr};
 }
 
 Kernel::Kernel(const void* image, std::size_t image_bytes, const std::string& entry, int32_t device,

@@ -21,6 +21,7 @@ struct DeviceInfo {
   int32_t max_shared_bytes;         // of one CTA, opt-in
   int32_t max_shared_bytes_per_sm;  //
   bool overlaps_grids;              // Overlap::kWithPrevious is known
+  bool copies_boxes;                // of tensor maps (tensor_map.h)
 };
 
 DeviceInfo device_info(int32_t device);

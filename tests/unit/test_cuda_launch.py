@@ -10,6 +10,7 @@ import pytest
 import torch
 from fake_launch import (
     STREAM,
+    Choice,
     Launches,
     fake_launches,
     make_batch,
@@ -69,7 +70,7 @@ def test_the_parameter_block(launches: Launches) -> None:
     q, kv, out, lse = make_q(), make_kv(page=32), make_q().float(), torch.zeros(4, 4)
     fi.attention(slot, q, kv, out=out, lse=lse, scale=0.5, partial=True)
     kernel, p, grid, threads, stream = launches.calls[0]
-    assert (kernel, grid, threads, stream) == ((True, True), 6, 128, STREAM)
+    assert (kernel, grid, threads, stream) == (Choice(True, True), 6, 128, STREAM)
     assert (p.q, p.out, p.lse) == (q.data_ptr(), out.data_ptr(), lse.data_ptr())
     assert (p.q_stride_token, p.q_stride_head) == (256, 64)
     assert (p.out_stride_token, p.out_stride_head) == (256, 64)
@@ -116,23 +117,62 @@ def test_kernels_follow_tables_and_tensors(
     launches: Launches, caplog: pytest.LogCaptureFixture
 ) -> None:
     slot = make_slot()
-    assert launches.loaded == [(True, True)]  # before any capture
+    assert launches.loaded == [Choice(plain=True, aligned=True)]  # before any capture
     plan(slot)
     odd = torch.zeros(4 * 4 * 64 + 1, dtype=torch.float16)[1:].view(4, 4, 64)
     gaps = make_q(4, 4, 65)[..., :64]
     for q, aligned in ((make_q(), True), (odd, False), (gaps, False), (make_q(), True)):
         fi.attention(slot, q, make_kv())
-        assert launches.kernel == (True, aligned)
+        assert launches.kernel == Choice(True, aligned)
         fi.attention(slot, make_q(), make_kv(), out=q)
-        assert launches.kernel == (True, aligned)
+        assert launches.kernel == Choice(True, aligned)
     plan(slot, make_batch(24))
     fi.attention(slot, odd, make_kv(page=24))
     fi.attention(slot, make_q(), make_kv(page=24))
-    assert launches.loaded == [(True, True), (True, False), (False, False), (False, True)]
+    loaded = [(True, True), (True, False), (False, True), (False, False)]
+    assert launches.loaded == [Choice(*one) for one in loaded]
     plan(make_slot())
     slow = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert len(slow) == 2  # one sentence each, said once
     assert "not multiples of 16 bytes" in slow[0].message and "page_map" in slow[1].message
+
+
+def test_boxes_need_plain_pages_of_some_tokens_and_alignment(launches: Launches) -> None:
+    """Maps are not asked for: what tells that tensors are taken is replaced."""
+    slot = make_slot(boxes=True)
+    tensors = Taken()
+    slot.launch._tensors = tensors  # type: ignore[attr-defined]
+    assert launches.loaded == [Choice(True, True, True)]
+    odd = torch.zeros(4 * 4 * 64 + 1, dtype=torch.float16)[1:].view(4, 4, 64)
+    for page, q, expected in (
+        (16, make_q(), Choice(True, True, True)),
+        (16, odd, Choice(True, False, False)),
+        (4, make_q(), Choice(True, True, False)),
+        (24, make_q(), Choice(False, True, False)),
+        (8, make_q(), Choice(True, True, True)),
+    ):
+        plan(slot, make_batch(page))
+        before = len(launches.loaded)
+        fi.attention(slot, q, make_kv(page=page))
+        assert launches.kernel == expected
+        assert tensors.boxes is (page in (8, 16))
+        assert expected.aligned is False or len(launches.loaded) == before, "loaded by planning"
+
+
+class Taken:
+    """CallTensors that remember nothing and make no maps."""
+
+    boxes = False
+
+    def take(self, *_: Any) -> int:
+        return -1
+
+    def remember(self, _: Any, *tensors: Any) -> int:
+        addresses = [tensor.data_ptr() for tensor in tensors[:4]]
+        return addresses[0] % 16 | addresses[1] % 16
+
+    def forget(self) -> None:
+        """There is nothing."""
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {

@@ -17,8 +17,18 @@ import torch
 
 from fi_backend import errors
 from fi_backend.formats import HeadShape
-from fi_backend.jit.attention_kernels import AttentionSpec, attention_kernel, attention_spec
-from fi_backend.jit.kernels import DeviceKernel, cubin_path, shared_bytes_of_arch
+from fi_backend.jit.attention_kernels import (
+    AttentionSpec,
+    attention_kernel,
+    attention_spec,
+    takes_boxes,
+)
+from fi_backend.jit.kernels import (
+    DeviceKernel,
+    arch_copies_boxes,
+    cubin_path,
+    shared_bytes_of_arch,
+)
 from fi_backend.jit.nvrtc import Cubin, compile_cubin
 from fi_backend.jit.parts import IN_PARTS
 from fi_backend.variants import Scalar, Variant, shipped
@@ -54,21 +64,25 @@ class Case:
     variant: Variant | None = None
     plain_pages: bool = True
     aligned: bool = True
+    page_size: int = 16
     arch: str = "sm_90a"
 
     @property
     def spec(self) -> AttentionSpec:
         dims = self.head_dim if isinstance(self.head_dim, tuple) else (self.head_dim,)
+        heads, cache_dtype = HeadShape(self.group_size, 1, *dims), self.kv_dtype or self.dtype
+        can = arch_copies_boxes(self.arch) and self.plain_pages and self.aligned
         return attention_spec(
-            HeadShape(self.group_size, 1, *dims),
+            heads,
             self.dtype,
-            self.kv_dtype or self.dtype,
+            cache_dtype,
             self.variant,
             max_q_len=self.max_q_len,
             max_requests=256,
             has_nodes=self.max_q_len != DECODE,
             plain_pages=self.plain_pages,
             aligned=self.aligned,
+            boxes=can and takes_boxes(heads, cache_dtype, self.variant, self.page_size),
             max_shared_bytes_per_sm=shared_bytes_of_arch(self.arch),
         )
 
@@ -96,6 +110,9 @@ CASES = [
     Case("decode-unaligned", 128, 4, DECODE, aligned=False, plain_pages=False),
     Case("decode-soft-cap-fp8", 128, 4, DECODE, kv_dtype=FP8, variant=shipped.soft_cap(30.0)),
     Case("decode-sinks-window", 64, 8, DECODE, variant=SINK_WINDOW),
+    Case("decode-d64-page-1", 64, 8, DECODE, page_size=1),
+    Case("decode-d128-page-4", 128, 4, DECODE, page_size=4),
+    Case("decode-d256-fp8-page-1", 256, 2, DECODE, FP16, FP8, page_size=1),
     Case("verify-d128", 128, 4, VERIFY),
     Case("verify-tree", 128, 8, VERIFY, variant=shipped.tree_mask()),
     Case("general-d64", 64, 8, GENERAL),
@@ -107,6 +124,9 @@ CASES = [
     Case("general-d192-128", (192, 128), 1, GENERAL),
     Case("general-d256", 256, 2, GENERAL),
     Case("general-g5-any-table", 128, 5, GENERAL, plain_pages=False),
+    Case("general-d64-page-1", 64, 8, GENERAL, page_size=1),
+    Case("general-d128-page-1", 128, 4, GENERAL, page_size=1),
+    Case("general-d256-page-1", 256, 2, GENERAL, page_size=1),
     Case("general-unaligned", 128, 4, GENERAL, aligned=False),
     Case("general-gemma", 256, 2, GENERAL, variant=GEMMA),
     Case("general-alibi", 128, 1, GENERAL, FP16, variant=shipped.alibi()),
@@ -116,6 +136,11 @@ CASES = [
     Case("decode-rope", 128, 4, DECODE, variant=shipped.rope()),
     Case("decode-streaming", 128, 4, DECODE, variant=shipped.streaming_rope(1000)),
     Case("general-streaming", 128, 4, GENERAL, variant=shipped.streaming_rope(1000)),
+    Case("decode-streaming-steps", 128, 1, DECODE,
+         variant=shipped.streaming_rope(1000, multiples=True)),
+    Case("general-streaming-steps", 128, 4, GENERAL,
+         variant=shipped.streaming_rope(1000, multiples=True)),
+    Case("general-d256-rope-steps", 256, 4, GENERAL, variant=shipped.rope(multiples=True)),
     Case("general-rope-pairs", 64, 8, GENERAL, FP16, variant=shipped.rope(interleaved=True)),
     Case("general-rope-sm_80", 128, 4, GENERAL, variant=shipped.rope(), arch="sm_80"),
     *(Case(f"decode-{arch}", 128, 4, DECODE, arch=arch) for arch in OTHER_ARCHS),
@@ -179,7 +204,7 @@ def test_the_cases_cover_what_is_served() -> None:
     for variant in shipped.all_shipped():
         assert {content_key(f) for f in variant.all_functions()} <= {content_key(f) for f in used}
     tiles = {case.kernel.source.count("Tile<") for case in CASES}
-    assert tiles >= {1, 2}
+    assert tiles >= {1, 3, 4}
 
 
 def test_a_failing_compile_shows_log_and_source() -> None:

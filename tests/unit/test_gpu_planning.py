@@ -54,7 +54,7 @@ def test_batch_invariance_does_not_depend_on_the_hint() -> None:
 
 
 def test_as_many_ctas_as_are_resident(monkeypatch: pytest.MonkeyPatch) -> None:
-    info = SimpleNamespace(num_sms=10, max_shared_bytes_per_sm=233472)
+    info = SimpleNamespace(num_sms=10, max_shared_bytes_per_sm=233472, copies_boxes=False)
     monkeypatch.setattr(_core, "device_info", lambda index: info)
     plan = plan_class(LAYER, LARGEST, torch.device("cuda:3"), num_ctas=None, invariant_chunk=0)
     assert plan.spec is not None

@@ -16,8 +16,10 @@ from fi_backend.jit.attention_kernels import (
     AttentionSpec,
     attention_kernel,
     attention_spec,
+    takes_boxes,
 )
 from fi_backend.jit.headers import INCLUDE_ROOT
+from fi_backend.jit.kernels import HOPPER_SHARED_BYTES
 from fi_backend.variants import Scalar, Variant, shipped
 from fi_backend.variants.source_text import device_structs, device_variant
 
@@ -33,6 +35,7 @@ PLAIN = AttentionSpec(
     2,
     True,
     True,
+    boxes=False,
     decodes=False,
 )
 
@@ -46,7 +49,7 @@ def test_the_text_of_plain_attention() -> None:
         "fi_attention(const __grid_constant__ fi::KernelParams p) {\n"
         "  using namespace fi;\n"
         "  using namespace fi::sm80;\n"
-        "  run<Shape<BFloat16, BFloat16, 128, 128, 4, true, true, false>,\n"
+        "  run<Shape<BFloat16, BFloat16, 128, 128, 4, true, true, false, false>,\n"
         "      Variant<true, Functions<>, Functions<>, Functions<>>,\n"
         "      Tile<16, 64, 2, 4>,\n"
         "      Tile<64, 64, 2, 4>>(p);\n"
@@ -68,13 +71,56 @@ def test_the_text_of_plain_attention() -> None:
 def test_every_choice_is_in_the_text_and_the_title() -> None:
     kernel = attention_kernel(
         AttentionSpec(192, 128, torch.float16, torch.float8_e4m3fn, 16, shipped.soft_cap(30.0),
-                      ((16, 64, 3),), 4, 1, False, False, True)
+                      ((16, 64, 3),), 4, 1, False, False, False, True)
     )  # fmt: skip
-    assert "Shape<Float16, Float8E4M3, 192, 128, 16, false, false, true>" in kernel.source
+    assert "Shape<Float16, Float8E4M3, 192, 128, 16, false, false, false, true>" in kernel.source
     assert "__launch_bounds__(128, 1)" in kernel.source
     assert "Tile<16, 64, 3, 4>>(p)" in kernel.source
     expected = "attention d192/128 g16 fp16 kv fp8 16x64 soft_cap decode any-table unaligned"
     assert kernel.title == expected
+
+
+def test_boxes_are_named_and_take_no_more_memory() -> None:
+    kernel = attention_kernel(replace(PLAIN, boxes=True))
+    assert "4, true, true, true, false>" in kernel.source
+    assert kernel.title == "attention d128 g4 bf16 kv bf16 16x64+64x64 softmax plain boxes"
+    assert kernel.shared_bytes == attention_kernel(PLAIN).shared_bytes, "64 rows are no boxes"
+    decode = replace(PLAIN, tiles=((16, 64, 2),), decodes=True)
+    boxes = attention_kernel(replace(decode, boxes=True))
+    assert boxes.shared_bytes < attention_kernel(decode).shared_bytes
+
+
+def test_boxes_leave_decodes_of_dimension_64_room_for_a_third_cta() -> None:
+    def ctas(*, boxes: bool) -> int:
+        spec = attention_spec(
+            HeadShape(32, 8, 64),
+            torch.bfloat16,
+            torch.bfloat16,
+            None,
+            max_q_len=1,
+            max_requests=256,
+            has_nodes=False,
+            boxes=boxes,
+        )
+        shared = attention_kernel(spec).shared_bytes
+        assert spec.ctas_per_sm * (shared + 1024 + 384) <= HOPPER_SHARED_BYTES
+        return spec.ctas_per_sm
+
+    assert (ctas(boxes=False), ctas(boxes=True)) == (2, 3)
+
+
+def test_boxes_are_of_whole_rows_of_128_bytes_and_of_8_tokens() -> None:
+    bf16, fp8 = torch.bfloat16, torch.float8_e4m3fn
+    heads = {dim: HeadShape(8, 2, dim) for dim in (64, 80, 128, 256)}
+    taken = {(d, kv) for d in heads for kv in (bf16, fp8) if takes_boxes(heads[d], kv, None, 16)}
+    assert taken == {(64, bf16), (128, bf16), (128, fp8), (256, bf16), (256, fp8)}
+    assert takes_boxes(HeadShape(8, 2, 192, 128), bf16, None, 16)
+    assert [takes_boxes(heads[128], bf16, None, size) for size in (1, 4, 8, 512)] == [
+        *(False, False),
+        *(True, True),
+    ]
+    assert takes_boxes(heads[128], bf16, shipped.soft_cap(30.0), 16)
+    assert not takes_boxes(heads[128], bf16, shipped.rope(), 16), "threads turn what they copied"
 
 
 def test_shared_memory_grows_with_tiles_and_elements() -> None:
@@ -164,3 +210,30 @@ def test_a_spec_takes_the_tile_table() -> None:
     assert len(general.tiles) > 1
     assert decode.decodes and not shared.decodes and not general.decodes
     assert (decode.group_size, decode.plain_pages, decode.aligned) == (4, True, True)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "kv_dtype", "rows"),
+    [
+        *((g, torch.bfloat16, 8) for g in (1, 4, 8)),
+        *((g, torch.bfloat16, 16) for g in (9, 16)),
+        (4, torch.float8_e4m3fn, 16),
+    ],
+)
+def test_decodes_of_few_heads_have_narrow_tiles(
+    group_size: int, kv_dtype: torch.dtype, rows: int
+) -> None:
+    heads = HeadShape(group_size, 1, 128)
+    decode = attention_spec(
+        heads, torch.bfloat16, kv_dtype, None, max_q_len=1, max_requests=64, has_nodes=False
+    )
+    assert [tile[0] for tile in decode.tiles] == [rows]
+
+
+def test_queries_have_the_tile_that_holds_them() -> None:
+    heads = HeadShape(4, 1, 128)
+    dtypes = (torch.bfloat16, torch.bfloat16)
+    two = attention_spec(heads, *dtypes, None, max_q_len=2, max_requests=64)
+    four = attention_spec(heads, *dtypes, None, max_q_len=4, max_requests=64)
+    assert [tile[0] for tile in two.tiles] == [8]
+    assert [tile[0] for tile in four.tiles] == [8, 16]

@@ -173,5 +173,5 @@ def test_a_real_kernel_is_built_for_a_preset(
     monkeypatch.setattr(cli, "serving_kernels", decode_only)
     assert cli.main(["prebuild", "--model", "gpt-oss-20b-like", "--arch", "sm_90a"]) == 0
     (entry,) = default_cache().entries()
-    assert entry.title.startswith("attention d64 g8 bf16 kv bf16 16x")
+    assert entry.title.startswith("attention d64 g8 bf16 kv bf16 8x")
     assert (tmp_path / entry.key / "artifact").read_bytes().startswith(b"\x7fELF")

@@ -44,11 +44,11 @@ def test_a_device_is_described(fake_folder: Path) -> None:
     script = """
     info = _core.device_info(1)
     print(info.name, info.major, info.minor, info.num_sms, info.max_shared_bytes,
-          info.max_shared_bytes_per_sm, info.overlaps_grids)
+          info.max_shared_bytes_per_sm, info.overlaps_grids, info.copies_boxes)
     fake.fake_version(12020)
     print(_core.device_info(1).overlaps_grids)
     """
-    assert run(fake_folder, script) == "Some GPU 9 0 132 232448 233472 True\nFalse"
+    assert run(fake_folder, script) == "Some GPU 9 0 132 232448 233472 True True\nFalse"
 
 
 def test_the_driver_starts_once_and_again_after_a_failure(fake_folder: Path) -> None:
@@ -246,3 +246,55 @@ def test_kernels_may_outlive_the_driver(fake_folder: Path) -> None:
     print(*calls(), sep="\\n")
     """
     assert run(fake_folder, script) == "cuDevicePrimaryCtxRelease 0"
+
+
+def test_maps_of_caches_are_made_once_for_each_address(fake_folder: Path) -> None:
+    """[pages, page_size, heads, dim] as (dim, heads, page_size, pages), boxes of 128 bytes."""
+    script = """
+    import torch
+    _core.device_info(0)
+    fake.fake_forget()
+    def tensors(page, heads, dim, dtype):
+        q, out = torch.zeros(2, 4, 3, 128, dtype=torch.bfloat16)
+        k, v = torch.zeros(2, 5, page, heads, dim).to(dtype)
+        return q, k, v, out, None
+    for sizes in ((16, 2, 128, torch.bfloat16), (256, 1, 256, torch.float8_e4m3fn)):
+        seen, params = _core.CallTensors(), _core.KernelParams()
+        seen.boxes = True
+        first, second = tensors(*sizes), tensors(*sizes)
+        seen.remember(params, *first, 1.0, False)
+        for call in (second, first, second):
+            assert seen.take(params, *call, 1.0, False) == 0
+        print(*calls(), sep="\\n")
+    k = torch.zeros(50, 16, 2, 128, dtype=torch.bfloat16)
+    q, out = torch.zeros(2, 4, 3, 128, dtype=torch.bfloat16)
+    for cache in (k[:5], k, k.view(50, 2, 16, 128).transpose(1, 2), k[:0]):  # at one address
+        seen.remember(params, q, cache, cache, out, None, 1.0, False)
+    print(*calls(), sep="\\n")
+    seen.remember(params, *first, 1.0, False)
+    fake.fake_forget()
+    odd = list(first)
+    odd[0] = torch.zeros(4 * 3 * 128 + 1, dtype=torch.bfloat16)[1:].view(4, 3, 128)
+    third = tensors(*sizes)
+    assert seen.take(params, odd[0], *third[1:], 1.0, False) == 2 and not calls()
+    seen.boxes = False
+    assert seen.take(params, *third, 1.0, False) == 0 and not calls()
+    seen.boxes = True
+    fake.fake_fail(b"cuTensorMapEncodeTiled", 1)
+    for _ in range(2):
+        print(error(seen.take, params, *third, 1.0, False))
+    fake.fake_fail(b"cuTensorMapEncodeTiled", 0)
+    assert seen.take(params, *third, 1.0, False) == 0
+    """
+    bf16 = "cuTensorMapEncodeTiled 1 80 2 10 5 100 200 2000 40 1 10 1 0 3 2 0"
+    # One head: its stride means nothing, and is that of a row.
+    fp8 = "cuTensorMapEncodeTiled 0 100 1 100 5 100 100 10000 80 1 40 1 0 3 2 0"
+    refused = (
+        "kv: expected a cache of 5 pages that a tensor map describes, got CUDA_ERROR_OF_TEST: as"
+        " the test asked; keep strides below 2^40 bytes"
+    )
+    more = bf16.replace("10 5", "10 32")
+    other = more.replace("100 200", "1000 100")  # heads before tokens
+    printed = run(fake_folder, script).splitlines()
+    assert printed[:-2] == [bf16] * 4 + [fp8] * 4 + [bf16] * 2 + [more] * 2 + [other] * 2
+    assert printed[-2:] == [refused] * 2

@@ -4,6 +4,7 @@
 
 #include "fi/attention/kv_cache.h"
 #include "fi/attention/page_table.h"
+#include "fi/attention/tensor_map.h"
 #include "fi/attention/variant_hooks.h"
 #include "fi/plan/layout.h"
 
@@ -40,6 +41,7 @@ struct KernelParams {
   int32_t* arrivals;   // [max_units], zero between launches
   Rotation rotation;
   VariantParam variant_params[kMaxVariantParams];
+  TensorMap k_boxes, v_boxes;  // of kernels that copy boxes
 };
 
 }  // namespace fi

@@ -22,12 +22,13 @@ struct Functions {
 
 // RoPE inside attention (Rotation of variant_hooks.h), as far as a kernel is compiled for it.
 struct NoTurns {
-  static constexpr bool kTurns = false, kIsInterleaved = false, kRolls = false;
+  static constexpr bool kTurns = false, kIsInterleaved = false, kRolls = false, kMultiples = false;
 };
-template <bool kIsInterleaved_, bool kRolls_>
+template <bool kIsInterleaved_, bool kRolls_, bool kMultiples_>
 struct Turns {
   static constexpr bool kTurns = true, kIsInterleaved = kIsInterleaved_;
-  static constexpr bool kRolls = kRolls_;  // slots roll with a window
+  static constexpr bool kRolls = kRolls_;          // slots roll with a window
+  static constexpr bool kMultiples = kMultiples_;  // angles of a slot are multiples of slot 1's
 };
 
 // What happens to logits and output: q and K turn, all of Logits in order, all of Masks, softmax

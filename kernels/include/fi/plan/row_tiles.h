@@ -9,7 +9,7 @@ namespace fi {
 
 // What a node's tile costs more than a request's, in the units of TileClass: its rows are gathered,
 // and its state has many merge units, the more the more rows there are.
-FI_HOST_DEVICE constexpr int32_t node_fixed(int32_t rows) { return 240 + 4 * rows; }
+FI_HOST_DEVICE constexpr int32_t node_fixed(int32_t rows) { return 220 + 11 * rows / 4; }
 
 // Whether a cut that leaves this much of a tile's cost moves to the tile's end. To begin the tile
 // again costs c_fixed, which is more; and it is little beside the cost of a span.

@@ -15,10 +15,16 @@ FI_HOST_DEVICE constexpr int most_of(int first, Ints... others) {
 FI_HOST_DEVICE constexpr int min_int(int a, int b) { return a < b ? a : b; }
 FI_HOST_DEVICE constexpr int log_of(int power) { return power > 1 ? 1 + log_of(power / 2) : 0; }
 
+// How many warps split the rows of a tile.
+FI_HOST_DEVICE constexpr int warps_of_rows(int rows, int num_warps) {
+  return min_int(max_int(rows / 16, 1), num_warps);
+}
+
 // A tile class: `kRows` packed query rows by `kKvTile` KV tokens, in `kStages` shared-memory
 // stages, for CTAs of `kWarps` warps. Warps split the rows into blocks of 16 or 32 first, then the
 // KV tokens; states of the same rows merge at the end of an item. 16 rows leave warps past the
-// fourth idle: a warp takes at least 16 tokens.
+// fourth idle: a warp takes at least 16 tokens. Tiles of 8 rows are narrow: what multiplies them
+// has tokens where others have rows (narrow_loop.h).
 template <int kRows_, int kKvTile_, int kStages_, int kWarps_>
 struct Tile {
   static constexpr int kRows = kRows_;
@@ -26,11 +32,13 @@ struct Tile {
   static constexpr int kStages = kStages_;
   static constexpr int kWarps = kWarps_;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kWarpsM = kRows / 16 < kWarps ? kRows / 16 : kWarps;
+  static constexpr bool kIsNarrow = kRows == 8;
+  static constexpr int kWarpsM = warps_of_rows(kRows, kWarps);
   static constexpr int kWarpsN = kKvTile / 16 < kWarps / kWarpsM ? kKvTile / 16 : kWarps / kWarpsM;
-  static constexpr int kRowBlocks = kRows / (16 * kWarpsM);  // m16 blocks of a warp
-  static constexpr int kWarpCols = kKvTile / kWarpsN;        // KV tokens of a warp
-  static_assert(kRows % 16 == 0 && kWarpCols % 16 == 0 && 1 << log_of(kRows) == kRows);
+  static constexpr int kRowBlocks = kIsNarrow ? 1 : kRows / (16 * kWarpsM);  // m16 blocks of a warp
+  static constexpr int kWarpCols = kKvTile / kWarpsN;                        // KV tokens of a warp
+  static_assert((kRows % 16 == 0 || kIsNarrow) && kWarpCols % 16 == 0 &&
+                1 << log_of(kRows) == kRows);
 };
 
 // The tile classes of a launch, in the planner's order.
@@ -49,12 +57,12 @@ struct TileClasses {
   // Whether tiles of class T hold all rows of their block, as all but those of the largest do, and
   // those of one decoded token.
   template <class T>
-  static constexpr bool kHoldsBlock = T::kRows == 16 || T::kRows < kMaxRows;
+  static constexpr bool kHoldsBlock = T::kRows <= 16 || T::kRows < kMaxRows;
 };
 
 // Element: of q and out. KvElement: of the cache, Element or Float8E4M3.
 template <class Element_, class KvElement_, int kHeadDimQk_, int kHeadDimVo_, int kGroupSize_,
-          bool kPlainPages_, bool kAligned_, bool kDecodes_>
+          bool kPlainPages_, bool kAligned_, bool kBoxes_, bool kDecodes_>
 struct Shape {
   using Element = Element_;
   using KvElement = KvElement_;
@@ -68,6 +76,9 @@ struct Shape {
   static constexpr bool kPlainPages = kPlainPages_;
   // Addresses and strides are multiples of 16 bytes; otherwise rows are copied by element.
   static constexpr bool kAligned = kAligned_;
+  // K and V are copied as boxes of tensor maps: plain pages of kLeastBoxTokens or more, rows of
+  // whole kBoxBytes, everything aligned.
+  static constexpr bool kBoxes = kBoxes_;
   // Steps without shared prefixes, of one query token a request; longer ones cost more. Code for
   // prefixes, and for what is not worth its compile time then, is left out.
   static constexpr bool kDecodes = kDecodes_;
@@ -78,13 +89,21 @@ struct Shape {
 // one chunk column then fall into different banks, for ldmatrix and its transposed form alike.
 FI_HOST_DEVICE constexpr int row_pitch(int row_bytes) { return (row_bytes / 16 | 1) * 16; }
 
+// Boxes of tensor maps (ptx/tensor_map.h): rows of 128 bytes, 64 or 128 elements of a token's K or
+// V, swizzled in atoms of 1024 bytes that no padding keeps apart.
+constexpr int kBoxBytes = 128, kBoxAtom = 1024;
+constexpr int kLeastBoxTokens = 8, kMostBoxTokens = 64;
+FI_HOST_DEVICE constexpr int whole_atoms(int bytes) {
+  return (bytes + kBoxAtom - 1) / kBoxAtom * kBoxAtom;
+}
+
 // Shared memory of one CTA: byte offsets from its start.
 struct SharedPlan {
   int pitch_q, pitch_k, pitch_v;  // bytes between rows
   int stage_k;                    // bytes of K in a stage; V follows
   int stage_bytes;                // of K and V
   int stages;                     // after the query tile
-  int offsets;                    // RowOffsets of the KV tokens of each stage
+  int offsets;                    // RowOffsets of the KV tokens of each stage, none of boxes
   int rows;                       // VariantRow of each packed row
   int bytes;                      //
 };
@@ -93,30 +112,42 @@ constexpr int kRowInfoBytes = 24;    // sizeof(VariantRow)
 constexpr int kRowOffsetBytes = 16;  // sizeof(RowOffsets)
 constexpr int kStaticBytes = 384;    // what a kernel declares beside, at most (kernel.h)
 
+// Whether tiles of a class come as boxes where the cache allows it. They hold whole ones, and few
+// query rows: those of many wait for products, and are slower with boxes (pre.b1.4k by 7 %).
+constexpr int kMostBoxRows = 16;
+FI_HOST_DEVICE constexpr bool takes_boxes(int rows, int kv_tile) {
+  return rows <= kMostBoxRows && kv_tile % kMostBoxTokens == 0;
+}
+
+// in_boxes: K and V rows lie as boxes leave them, parts of kBoxBytes of all rows one after the
+// other. That takes no more than padded rows do.
 FI_HOST_DEVICE constexpr SharedPlan plan_shared(int head_dim_qk, int head_dim_vo, int kv_bytes,
                                                 int rows, int kv_tile, int num_stages,
-                                                int num_warps) {
+                                                int num_warps, bool in_boxes = false) {
   SharedPlan s{};
   s.pitch_q = row_pitch(head_dim_qk * 2);
-  s.pitch_k = row_pitch(head_dim_qk * kv_bytes);
-  s.pitch_v = row_pitch(head_dim_vo * kv_bytes);
-  s.stage_k = kv_tile * s.pitch_k;
-  s.stage_bytes = s.stage_k + kv_tile * s.pitch_v;
-  s.stages = rows * s.pitch_q;
+  s.pitch_k = in_boxes ? kBoxBytes : row_pitch(head_dim_qk * kv_bytes);
+  s.pitch_v = in_boxes ? kBoxBytes : row_pitch(head_dim_vo * kv_bytes);
+  s.stage_k = kv_tile * (in_boxes ? head_dim_qk * kv_bytes : s.pitch_k);
+  s.stage_bytes = s.stage_k + kv_tile * (in_boxes ? head_dim_vo * kv_bytes : s.pitch_v);
+  s.stages = in_boxes ? whole_atoms(rows * s.pitch_q) : rows * s.pitch_q;
   int stage_area = num_stages * s.stage_bytes;
   // Where warps split the KV tokens, their states of the same rows meet in the stages' place.
-  const int warps_per_row = min_int(num_warps / min_int(rows / 16, num_warps), kv_tile / 16);
+  const int warps_per_row = min_int(num_warps / warps_of_rows(rows, num_warps), kv_tile / 16);
   if (warps_per_row > 1) {
     stage_area = max_int(stage_area, warps_per_row * rows * (head_dim_vo + 4) * 4);
   }
   s.offsets = s.stages + stage_area;
-  s.rows = s.offsets + num_stages * kv_tile * kRowOffsetBytes;
+  s.rows = s.offsets + (in_boxes ? 0 : num_stages * kv_tile * kRowOffsetBytes);
   s.bytes = s.rows + (rows * kRowInfoBytes + 15) / 16 * 16;
   return s;
 }
 
 template <class S, class T>
+constexpr bool kInBoxes = S::kBoxes && takes_boxes(T::kRows, T::kKvTile);
+
+template <class S, class T>
 constexpr SharedPlan kShared = plan_shared(S::kHeadDimQk, S::kHeadDimVo, S::kKvBytes, T::kRows,
-                                           T::kKvTile, T::kStages, T::kWarps);
+                                           T::kKvTile, T::kStages, T::kWarps, kInBoxes<S, T>);
 
 }  // namespace fi::sm80

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "fi/attention/partial_state.h"
-#include "fi/sm80/main_loop.h"
+#include "fi/sm80/narrow_loop.h"
 
 namespace fi::sm80 {
 
@@ -362,6 +362,42 @@ __device__ inline RowSum add_warps(const float* o, int d, float4& total) {
   return finish_sum<kSoftmax>(top, sum);
 }
 
+// Leaves a warp's state of num_rows rows where others find it.
+template <class S, class V, class T>
+__device__ inline void leave_state(const WarpState<S, T, false>& state, int first_row, int num_rows,
+                                   float* own) {
+  for_each_row<T>(first_row, [&](int b, int half, int row) {
+    const float sum = sum_of_lanes(state.row_sum[b][half]);
+    if (row >= num_rows) return;
+    float* to = own + row * kMeetingPitch<S>;
+    if (V::kSoftmax && ptx::thread_index() % 4 == 0) {
+      *reinterpret_cast<RowPart*>(to + S::kHeadDimVo) = {state.row_max[b][half], sum};
+    }
+    for_each_run<S>(state.o[b], half,
+                    [&](int d, const float (&x)[kRun<S>]) { store_floats<true>(to + d, x); });
+  });
+}
+template <class S, class V, class T>
+__device__ inline void leave_state(const WarpState<S, T, true>& state, int, int num_rows,
+                                   float* own) {
+  const int lane = ptx::thread_index() % 32;
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const float sum = join_lanes(state.row_sum[c], [](float x, float y) { return x + y; });
+    const int row = lane % 4 * 2 + c;
+    if (row >= num_rows) continue;
+    float* to = own + row * kMeetingPitch<S>;
+    if (V::kSoftmax && lane < 4) {
+      *reinterpret_cast<RowPart*>(to + S::kHeadDimVo) = {state.row_max[c], sum};
+    }
+#pragma unroll
+    for (int m = 0; m < S::kHeadDimVo / 16; ++m) {
+      to[m * 16 + lane / 4] = state.o[m][c];
+      to[m * 16 + lane / 4 + 8] = state.o[m][2 + c];
+    }
+  }
+}
+
 // Warps that split the KV tokens: their states of the same rows meet in shared memory.
 template <class S, class V, class T>
 __device__ inline void merge_warps(const KernelParams& p, const WorkItem& item,
@@ -372,16 +408,9 @@ __device__ inline void merge_warps(const KernelParams& p, const WorkItem& item,
   const int thread = static_cast<int>(ptx::thread_index());
   const int num_rows = is_idle ? 0 : item.num_rows;
   float* own = o + thread / 32 % T::kWarpsN * T::kRows * kPitch;
-  for_each_row<T>(first_row, [&](int b, int half, int row) {
-    const float sum = sum_of_lanes(state.row_sum[b][half]);
-    if (row >= num_rows) return;
-    float* to = own + row * kPitch;
-    if (V::kSoftmax && thread % 4 == 0) {
-      *reinterpret_cast<RowPart*>(to + S::kHeadDimVo) = {state.row_max[b][half], sum};
-    }
-    for_each_run<S>(state.o[b], half,
-                    [&](int d, const float (&x)[kRun<S>]) { store_floats<true>(to + d, x); });
-  });
+  leave_state<S, V, T>(state, first_row, num_rows, own);
+  // Boxes may land there next. Behind the stores to memory, which it would wait for, this is slow.
+  if constexpr (kInBoxes<S, T>) ptx::publish_to_products();
   __syncthreads();
 #pragma unroll 1
   for (int at = thread; at < item.num_rows * kQuads; at += T::kThreads) {

@@ -48,61 +48,102 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
   const auto stage = [&](int tile) {
     return smem_q + kPlan.stages + tile % T::kStages * kPlan.stage_bytes;
   };
-
-  const KvLoader<S, T, Classes::template kHoldsBlock<T>> loader(p, current, smem);
-  const int num_tiles = loader.num_tiles();
-  // Page ids of all stages at once, a token a thread.
-  constexpr int kTokens = T::kStages * T::kKvTile;
-  constexpr int kRounds = (kTokens + T::kThreads - 1) / T::kThreads;
-  int32_t first_pages[kRounds];
-#pragma unroll
-  for (int r = 0; r < kRounds; ++r) {
-    const int token = r * T::kThreads + static_cast<int>(ptx::thread_index());
-    first_pages[r] = loader.fetch(token / T::kKvTile, token % T::kKvTile);
-  }
-  load_rows<S, V, T>(p, current, rows);
-  __syncthreads();
-  load_q<S, T>(p, item.num_rows, rows, smem_q);  // while the page ids are on their way
-#pragma unroll
-  for (int r = 0; r < kRounds; ++r) {
-    const int token = r * T::kThreads + static_cast<int>(ptx::thread_index());
-    if (kTokens % T::kThreads != 0 && token >= kTokens) break;
-    loader.publish(token / T::kKvTile, token % T::kKvTile, first_pages[r]);
-  }
-  __syncthreads();
-#pragma unroll 1
-  for (int t = 0; t < T::kStages - 1; ++t) {
-    loader.load(t, stage(t));
-    ptx::cp_async_commit();
-  }
-  load_units<S, T, Classes>(p, item, rows, smem);
-
   const WarpLoop<S, V, T> loop(p, current, rows);
   WarpState<S, T> state;
-  state.clear();
-  for (int t = 0; t < num_tiles; ++t) {
-    ptx::cp_async_wait<T::kStages - 2>();
-    if constexpr (kByWarpgroups<S, T>) ptx::publish_to_products();
-    __syncthreads();  // tile t has landed, and every warp has left the stage refilled next
-    const int next = t + T::kStages - 1;
-    loader.load(next, stage(next));
-    ptx::cp_async_commit();
-    const int32_t page = loader.fetch(next + 1);
-    if constexpr (V::kTurns) {
-      Rotator<S, V, T>(p, current, rows, smem_q).turn(loader.tiles(), t, stage(t));
+  if constexpr (kInBoxes<S, T>) {
+    static_assert(!V::kTurns && !kByWarpgroups<S, T>);
+    using Loader = BoxLoader<S, T, Classes::template kHoldsBlock<T>>;
+    const Loader loader(p, current);
+    const auto& tiles = loader.tiles();
+    const int num_tiles = loader.num_tiles();
+    int32_t pages[T::kStages];
+#pragma unroll
+    for (int t = 0; t < T::kStages; ++t) pages[t] = loader.fetch(t);
+    load_rows<S, V, T>(p, current, rows);
+    __syncthreads();
+    // Where two CTAs share a multiprocessor, a tile each on its way does not keep memory busy. Two
+    // each do, but would make others wait that multiply the tiles of nodes.
+    const bool fills = !S::kDecodes && T::kStages == 2 && !current.has_nodes;
+#pragma unroll
+    for (int t = 0; t < T::kStages; ++t) {
+      if (t == T::kStages - 1 && !fills) break;
+      loader.load(t, pages[t], stage(t));
     }
-    const uint32_t products = kByWarpgroups<S, T> ? shared_of_products() : smem_q;
-    loop.tile(products, products + kPlan.stages + t % T::kStages * kPlan.stage_bytes,
-              loader.tiles().begin(t), loader.tiles().end(t), state);
-    loader.publish(next + 1, page);
+    load_q<S, T>(p, item.num_rows, rows, smem_q);
+    ptx::cp_async_commit();
+    int32_t page = pages[T::kStages - 1];
+    if (fills) page = loader.fetch(T::kStages);
+    load_units<S, T, Classes>(p, item, rows, smem);
+    state.clear();
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // queries have landed
+    for (int t = 0; t < num_tiles; ++t) {
+      loader.wait(t);
+      const auto load_next = [&](int next) {
+        loader.load(next, page, stage(next));
+        page = loader.fetch(next + 1);
+      };
+      if (!fills) load_next(t + T::kStages - 1);
+      if (loader.clear_outside(t, stage(t))) __syncthreads();
+      loop.tile(smem_q, stage(t), tiles.begin(t), tiles.first(t), tiles.end(t), state);
+      __syncthreads();  // every warp has left the stage, which may be refilled
+      if (fills) load_next(t + T::kStages);
+    }
+    if (ptx::thread_index() == T::kThreads - 1) loader.end();
+  } else {
+    const KvLoader<S, T, Classes::template kHoldsBlock<T>> loader(p, current, smem);
+    const auto& tiles = loader.tiles();
+    const int num_tiles = loader.num_tiles();
+    // Page ids of all stages at once, a token a thread.
+    constexpr int kTokens = T::kStages * T::kKvTile;
+    constexpr int kRounds = (kTokens + T::kThreads - 1) / T::kThreads;
+    int32_t first_pages[kRounds];
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const int token = r * T::kThreads + static_cast<int>(ptx::thread_index());
+      first_pages[r] = loader.fetch(token / T::kKvTile, token % T::kKvTile);
+    }
+    load_rows<S, V, T>(p, current, rows);
+    __syncthreads();
+    load_q<S, T>(p, item.num_rows, rows, smem_q);  // while the page ids are on their way
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const int token = r * T::kThreads + static_cast<int>(ptx::thread_index());
+      if (kTokens % T::kThreads != 0 && token >= kTokens) break;
+      loader.publish(token / T::kKvTile, token % T::kKvTile, first_pages[r]);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int t = 0; t < T::kStages - 1; ++t) {
+      loader.load(t, stage(t));
+      ptx::cp_async_commit();
+    }
+    load_units<S, T, Classes>(p, item, rows, smem);
+    state.clear();
+    for (int t = 0; t < num_tiles; ++t) {
+      TileRotation<S, V, T> rotation(p, current, rows, smem_q);
+      rotation.fetch(tiles, t);  // while the tile is on its way
+      ptx::cp_async_wait<T::kStages - 2>();
+      if constexpr (kByWarpgroups<S, T>) ptx::publish_to_products();
+      __syncthreads();  // tile t has landed, and every warp has left the stage refilled next
+      const int next = t + T::kStages - 1;
+      loader.load(next, stage(next));
+      ptx::cp_async_commit();
+      const int32_t page = loader.fetch(next + 1);
+      rotation.turn(tiles, t, stage(t));
+      const uint32_t products = kByWarpgroups<S, T> ? shared_of_products() : smem_q;
+      loop.tile(products, products + kPlan.stages + t % T::kStages * kPlan.stage_bytes,
+                tiles.begin(t), tiles.first(t), tiles.end(t), state);
+      loader.publish(next + 1, page);
+    }
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // queries have landed, even without a tile, and all have left their place
   }
-  ptx::cp_async_wait<0>();
   if constexpr (T::kWarpsN > 1) {
-    __syncthreads();  // the stages become the meeting place of the warps' states
+    // The stages become the meeting place of the warps' states.
     merge_warps<S, V, T>(p, item, rows, loop.first_row(), loop.is_idle(), smem + kPlan.stages,
                          state);
   } else {
-    __syncthreads();  // queries have landed, even without a tile, and all have left their place
     if (loop.is_idle()) return;
     write_rows<S, V, T>(p, item, rows, loop.first_row(), smem, state);
   }
@@ -166,11 +207,10 @@ constexpr uint32_t kMostWait = 15000;
 // kAreaAt: where shared memory is free past what unit(i) reads.
 template <class S, class V, class Classes, int kAreaAt, class Unit>
 __device__ void arrive_and_merge(const KernelParams& p, const Unit& unit, int count,
-                                 bool is_of_node, bool is_last, char* smem) {
+                                 bool is_of_node, bool is_last, bool has_nodes, char* smem) {
   static_assert(Classes::kMaxRows <= Classes::kThreads, "a thread for each row");
   const int x = static_cast<int>(ptx::thread_index());
   auto& area = *reinterpret_cast<MergeArea<Classes>*>(ptx::here(smem) + kAreaAt);
-  const bool has_nodes = __ldg(&plan_of(p).header->num_nodes) > 0;
   __syncthreads();  // the states are written, the pending units complete
   // A state is announced once: that of a node item for all rows of a unit, of request items each.
   const auto begins = [&](int i) {
@@ -235,24 +275,35 @@ struct Apart {
 template <class Work, class S, class V, class... Tiles>
 __device__ void run_items(const KernelParams& p) {
   using Classes = TileClasses<Tiles...>;
-  char* const smem = dynamic_shared<(kByWarpgroups<S, Tiles> || ...)>();
+  char* const smem = dynamic_shared<((kByWarpgroups<S, Tiles> || kInBoxes<S, Tiles>) || ...)>();
   CurrentItem& current = current_item();
   __shared__ int is_done;
   __shared__ PendingUnits pending;
   static_assert(sizeof(current) + sizeof(is_done) + sizeof(pending) <= kStaticBytes);
-  constexpr bool kArrivesOne = S::kDecodes && Classes::kMaxRows == 16;
+  constexpr bool kArrivesOne = S::kDecodes && Classes::kMaxRows <= 16;
   constexpr int kAreaAt = most_of(kShared<S, Tiles>.stages...);
   static_assert(kArrivesOne ||
                 kAreaAt + sizeof(MergeArea<Classes>) <= most_of(kShared<S, Tiles>.bytes...));
+  constexpr bool kAnyInBoxes = (kInBoxes<S, Tiles> || ...);
+  static_assert(kStaticBytes + sizeof(Landings) <= kBoxAtom);
+  if constexpr (kAnyInBoxes) {
+    if (ptx::thread_index() == 0) {
+      ptx::prefetch_map(p.k_boxes);
+      ptx::prefetch_map(p.v_boxes);
+    }
+  }
   prefetch_item(plan_of(p).first_items + blockIdx.x, current);  // before it is known to exist
   const int first = __ldg(plan_of(p).cta_ptr + blockIdx.x);
   const int end = __ldg(plan_of(p).cta_ptr + blockIdx.x + 1);
+  const bool has_nodes = !S::kDecodes && __ldg(&plan_of(p).header->num_nodes) > 0;
   ptx::cp_async_wait_all();
   if (first == end) return;
   if (ptx::thread_index() == 0) {
+    if constexpr (kAnyInBoxes) landings().init();
     pending.count = 0;
     current.end = end;
     current.left = end - first;
+    current.has_nodes = has_nodes;
     current.k_stride = p.kv.k_stride;
     current.v_stride = p.kv.v_stride;
     current.table = p.table;
@@ -273,9 +324,11 @@ __device__ void run_items(const KernelParams& p) {
     const int own_class = __shfl_sync(0xffffffff, item.tile_class, 0);
     int c = 0;
     UnitPlaces places{};
-    ((own_class == c++ ? (Work::template run<S, V, Tiles, Classes>(p, current, smem),
-                          void(places = unit_places<S, Tiles>()))
-                       : void()),
+    bool is_published = true;  // what threads wrote to where boxes land
+    ((own_class == c++
+          ? (Work::template run<S, V, Tiles, Classes>(p, current, smem),
+             void(places = unit_places<S, Tiles>()), void(is_published = kInBoxes<S, Tiles>))
+          : void()),
      ...);
     is_last = current.left == 0;
     const bool is_of_node = item.partial_row >= 0 && item.request < 0;
@@ -285,10 +338,13 @@ __device__ void run_items(const KernelParams& p) {
       const int count = is_of_node ? item.num_rows : pending.count;
       if (is_of_node || count == pending.kMost || (is_last && count > 0)) {
         const auto unit = [&](int i) { return is_of_node ? places(smem, i) : pending.units[i]; };
-        arrive_and_merge<S, V, Classes, kAreaAt>(p, unit, count, is_of_node, is_last, smem);
+        arrive_and_merge<S, V, Classes, kAreaAt>(p, unit, count, is_of_node, is_last,
+                                                 current.has_nodes, smem);
         if (ptx::thread_index() == 0) pending.count = 0;  // of a node item, too: requests follow
+        is_published = false;
       }
     }
+    if (kAnyInBoxes && !is_published) ptx::publish_to_products();
     __syncthreads();  // shared memory belongs to the next item
   } while (!is_last);
 }
@@ -310,7 +366,8 @@ template <class S, class V, class T, class... Tiles>
 __device__ void run_part(const KernelParams& p) {
   CurrentItem& current = current_item();
   asm volatile("// the current item" ::"r"(ptx::shared_address(&current)) : "memory");
-  run_item<S, V, T, TileClasses<Tiles...>>(p, current, dynamic_shared<kByWarpgroups<S, T>>());
+  run_item<S, V, T, TileClasses<Tiles...>>(p, current,
+                                           dynamic_shared<kByWarpgroups<S, T> || kInBoxes<S, T>>());
 }
 
 }  // namespace fi::sm80

@@ -8,16 +8,15 @@
 //   pv: of each 16 components of V one n8 block takes the even ones and the next the odd ones.
 #pragma once
 
-#include "fi/attention/variant.h"
 #include "fi/core/elements.h"
 #include "fi/ptx/mma.h"
 #include "fi/ptx/wgmma.h"
-#include "fi/sm80/load.h"
+#include "fi/sm80/tile_loop.h"
 
 namespace fi::sm80 {
 
 // What a warp knows of its rows. Lane l holds rows r = l / 4 and r + 8 of each 16-row block.
-template <class S, class T>
+template <class S, class T, bool kIsNarrow = T::kIsNarrow>
 struct WarpState {
   float o[T::kRowBlocks][S::kHeadDimVo / 8][4];
   float row_max[T::kRowBlocks][2];  // of scaled logits, base 2
@@ -46,8 +45,20 @@ constexpr int kStepCols =
         ? T::kWarpCols
         : 32;
 
-template <class S, class V, class T>
-class WarpLoop {
+template <class S, class V, class T, bool kIsNarrow = T::kIsNarrow>
+class WarpLoop : public TileLoop<S, V, T> {
+  using Base = TileLoop<S, V, T>;
+  using Base::apply_variant;
+  using Base::chunk_at;
+  using Base::crosses_band;
+  using Base::current_;
+  using Base::finite_or_zero;
+  using Base::first_chunk;
+  using Base::mask_kind;
+  using Base::masked_value;
+  using Base::p_;
+  using Base::reach;
+  using Base::rows_;
   using Element = typename S::Element;
   using Ops = ElementOps<Element>;
   static constexpr SharedPlan kPlan = kShared<S, T>;
@@ -59,16 +70,14 @@ class WarpLoop {
   static constexpr bool kAlways = T::kWarpsN > 1;  // few products, nothing to spare
 
  public:
-  __device__ WarpLoop(const KernelParams& p, const CurrentItem& current, const VariantRow* rows)
-      : p_(p), current_(current), rows_(rows) {}
+  using Base::Base;
+  using Base::first_col;
+  using Base::lane;
 
-  __device__ static int lane() { return ptx::thread_index() % 32; }
   __device__ static int first_row() {
     if constexpr (T::kWarpsN == T::kWarps) return 0;
     return ptx::thread_index() / 32 / T::kWarpsN * T::kRowBlocks * 16;
   }
-  __device__ static int first_col() { return ptx::thread_index() / 32 % T::kWarpsN * T::kWarpCols; }
-
   // No rows, or no tokens, for this warp.
   __device__ bool is_idle() const {
     if constexpr (T::kWarpsN == T::kWarps) return false;  // an item has a row
@@ -76,8 +85,9 @@ class WarpLoop {
     return first_row() >= current_.item.num_rows;
   }
 
-  // One KV tile: positions [kv_begin, kv_end) at most, in steps of as many columns as fit.
-  __device__ void tile(uint32_t smem_q, uint32_t smem_kv, int kv_begin, int kv_end,
+  // One KV tile: positions from kv_begin on, of those [kv_first, kv_end) at most, in steps of as
+  // many columns as fit. Only tiles of boxes begin before kv_first.
+  __device__ void tile(uint32_t smem_q, uint32_t smem_kv, int kv_begin, int kv_first, int kv_end,
                        WarpState<S, T>& state) const {
     const MaskKind kind = mask_kind(kv_begin, kv_end);
     if (kind == MaskKind::kEmpty || (!kByWarpgroups<S, T> && is_idle())) return;
@@ -89,29 +99,29 @@ class WarpLoop {
       const int c = first + i * kStepCols<S, V, T>;
       if constexpr (kByWarpgroups<S, T>) {
         step_of_warpgroup(smem_q, smem_kv + c * ptx::kSwizzledRow,
-                          smem_kv + kPlan.stage_k + c * ptx::kSwizzledRow, kv_begin + c, kv_end,
-                          kind, state);
+                          smem_kv + kPlan.stage_k + c * ptx::kSwizzledRow,
+                          {kv_begin + c, kv_first, kv_end}, kind, state);
       } else {
         step(smem_q, smem_kv + c * kPlan.pitch_k, smem_kv + kPlan.stage_k + c * kPlan.pitch_v,
-             kv_begin + c, kv_end, kind, state);
+             {kv_begin + c, kv_first, kv_end}, kind, state);
       }
     }
   }
 
  private:
-  __device__ void step(uint32_t smem_q, uint32_t smem_k, uint32_t smem_v, int kv_begin, int kv_end,
+  __device__ void step(uint32_t smem_q, uint32_t smem_k, uint32_t smem_v, Columns columns,
                        MaskKind kind, WarpState<S, T>& state) const {
     Logits s;
     qk_gemm(smem_q, smem_k, s);
 #pragma unroll
-    for (int b = 0; b < T::kRowBlocks; ++b) softmax_block(kv_begin, kv_end, kind, b, s[b], state);
+    for (int b = 0; b < T::kRowBlocks; ++b) softmax_block(columns, kind, b, s[b], state);
     pv_gemm(smem_v, s, state);
   }
 
   // The same by warpgroups: while a block of rows is in its softmax, the next one's logits and the
   // last one's output are on their way.
-  __device__ void step_of_warpgroup(uint32_t smem_q, uint32_t smem_k, uint32_t smem_v, int kv_begin,
-                                    int kv_end, MaskKind kind, WarpState<S, T>& state) const {
+  __device__ void step_of_warpgroup(uint32_t smem_q, uint32_t smem_k, uint32_t smem_v,
+                                    Columns columns, MaskKind kind, WarpState<S, T>& state) const {
     Logits s;
     ptx::begin_products();
 #pragma unroll
@@ -122,7 +132,7 @@ class WarpLoop {
       ptx::settle(s[b]);
       // A warp without rows takes part in products, of zeros. Where few tiles have such warps, the
       // test is not worth its compile time.
-      if (T::kRowBlocks > 1 || !is_idle()) softmax_block(kv_begin, kv_end, kind, b, s[b], state);
+      if (T::kRowBlocks > 1 || !is_idle()) softmax_block(columns, kind, b, s[b], state);
       start_pv(smem_v, s[b], state.o[b]);
     }
     ptx::wait_products<0>();
@@ -130,12 +140,10 @@ class WarpLoop {
     for (int b = 0; b < T::kRowBlocks; ++b) ptx::settle(state.o[b]);
   }
 
-  __device__ void softmax_block(int kv_begin, int kv_end, MaskKind kind, int b,
-                                float (&s)[kColBlocks][4], WarpState<S, T>& state) const {
-    if constexpr (V::kHasLogits || V::kHasMasks || !V::kSoftmax) {
-      apply_variant(kv_begin, kv_end, kind, b, s);
-    }
-    if (crosses_band(kv_begin, kv_end)) apply_band(kv_begin, kv_end, b, s);
+  __device__ void softmax_block(Columns columns, MaskKind kind, int b, float (&s)[kColBlocks][4],
+                                WarpState<S, T>& state) const {
+    if constexpr (Base::kHasFunctions) apply_functions(columns.begin, columns.end, kind, b, s);
+    if (crosses_band(columns, kStepCols<S, V, T>)) apply_band(columns, b, s);
     if constexpr (V::kSoftmax) online_softmax(b, s, state);
   }
 
@@ -200,7 +208,8 @@ class WarpLoop {
     }
     const int lane = WarpLoop::lane();
     const uint32_t q_at = smem_q + (first_row() + lane % 16) * kPlan.pitch_q + lane / 16 * 16;
-    const uint32_t k_at = smem_k + (lane % 8 + lane / 16 * 8) * kPlan.pitch_k + lane / 8 % 2 * 16;
+    const uint32_t k_at =
+        first_chunk(smem_k + (lane % 8 + lane / 16 * 8) * kPlan.pitch_k, lane / 8 % 2);
     // 32 bytes of every K row at a time: one k16 step, or two of an fp8 cache.
     constexpr int kStepsPerLoad = S::kFp8 ? 2 : 1;
 #pragma unroll
@@ -216,7 +225,7 @@ class WarpLoop {
 #pragma unroll
       for (int n = 0; n < kColBlocks; n += 2) {
         uint32_t kb[4];
-        ptx::ldmatrix_x4(kb, k_at + n * 8 * kPlan.pitch_k + k / kStepsPerLoad * 32);
+        ptx::ldmatrix_x4(kb, chunk_at(k_at, k / kStepsPerLoad * 2) + n * 8 * kPlan.pitch_k);
         if constexpr (!S::kFp8) {
 #pragma unroll
           for (int b = 0; b < T::kRowBlocks; ++b) {
@@ -239,25 +248,8 @@ class WarpLoop {
     }
   }
 
-  __device__ MaskKind mask_kind(int kv_begin, int kv_end) const {
-    if constexpr (V::kHasMasks) {
-      const RowBox& rows = current_.box;
-      const int first_head = current_.item.kv_head * S::kGroupSize;
-      const VariantBox box = {rows.q_pos_min,  rows.q_pos_max,
-                              kv_begin,        min_i32(kv_begin + T::kKvTile, kv_end) - 1,
-                              rows.q_len_min,  rows.q_len_max,
-                              rows.kv_len_min, rows.kv_len_max,
-                              first_head,      first_head + S::kGroupSize - 1};
-      return mask_kind_of_box(typename V::Masks{}, p_, box);
-    }
-    return MaskKind::kFull;
-  }
-
-  // Natural-unit logits through the variant's functions; what its masks hide gets the masked value.
-  // Columns past kv_end stand for the last one: their logits are masked later, but a function may
-  // read a tensor at its KV position.
-  __device__ void apply_variant(int kv_begin, int kv_end, MaskKind kind, int b,
-                                float (&s)[kColBlocks][4]) const {
+  __device__ void apply_functions(int kv_begin, int kv_end, MaskKind kind, int b,
+                                  float (&s)[kColBlocks][4]) const {
     const int lane = WarpLoop::lane(), first = first_row() + b * 16;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -266,53 +258,28 @@ class WarpLoop {
       for (int n = 0; n < kColBlocks; ++n) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          float& x = s[n][half * 2 + c];
-          const int column = min_i32(kv_begin + n * 8 + lane % 4 * 2 + c, kv_end - 1);
-          const float logit = apply_all(typename V::Logits{}, p_, row, current_.item.kv_head,
-                                        column, x * current_.scale);
-          if constexpr (!V::kFoldsScale) x = logit;
-          if constexpr (V::kHasMasks) {
-            const bool seen =
-                kind == MaskKind::kFull ||
-                all_visible(typename V::Masks{}, p_, row, current_.item.kv_head, column, logit);
-            x = seen ? x : masked_value();
-          }
+          apply_variant(row, kv_begin + n * 8 + lane % 4 * 2 + c, kv_end, kind, s[n][half * 2 + c]);
         }
       }
     }
   }
 
-  __device__ static float masked_value() { return V::kSoftmax ? neg_infinity() : 0.0f; }
-
-  // The reach of a band to one side; what is unbounded reaches further than any text is long.
-  __device__ static int reach(int32_t side) {
-    return static_cast<int>(min(static_cast<uint32_t>(side), 1u << 30));
-  }
-
-  __device__ bool crosses_band(int kv_begin, int kv_end) const {
-    const Band& band = p_.band;
-    const int end = kv_begin + kStepCols<S, V, T>;
-    if (end > kv_end || (band.right >= 0 && end > current_.box.q_pos_min + band.right + 1)) {
-      return true;
-    }
-    return band.left >= 0 && kv_begin < current_.box.q_pos_max - band.left;
-  }
-
-  __device__ void apply_band(int kv_begin, int kv_end, int b, float (&s)[kColBlocks][4]) const {
+  __device__ void apply_band(Columns columns, int b, float (&s)[kColBlocks][4]) const {
     const Band& band = p_.band;
     const int lane = WarpLoop::lane(), first = first_row() + b * 16;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // A row's band in bits, 32 columns a word: an element costs a test of its bit, no branch.
       const int q_pos = rows_[first + half * 8 + lane / 4].q_pos;
-      const int column = kv_begin + lane % 4 * 2;
-      const int end = min_i32(kv_end, q_pos + reach(band.right) + 1);
+      const int column = columns.begin + lane % 4 * 2;
+      const int end = min_i32(columns.end, q_pos + reach(band.right) + 1);
       const int begin = q_pos - reach(band.left);
 #pragma unroll
       for (int word = 0; word < kColBlocks; word += 4) {
         const int at = column + word * 8;
         const uint32_t in_window = bits_from(begin - at) | ~bits_from(band.sink_prefix - at);
-        const uint32_t seen = in_window & ~bits_from(end - at);
+        uint32_t seen = in_window & ~bits_from(end - at);
+        if constexpr (kInBoxes<S, T>) seen &= bits_from(columns.first - at);
 #pragma unroll
         for (int bit = 0; bit < min_i32(kColBlocks - word, 4) * 8; ++bit) {
           if (bit % 8 > 1) continue;
@@ -328,7 +295,7 @@ class WarpLoop {
   // types hold as exactly as values below 1, and most tiles are spared a pass over o (the idea of
   // FlashAttention-4).
   __device__ void online_softmax(int b, float (&s)[kColBlocks][4], WarpState<S, T>& state) const {
-    const float scale_log2 = (V::kFoldsScale ? current_.scale : 1.0f) * kLog2E;
+    const float scale_log2 = Base::scale_log2();
     float top[2];
     bool grows = false;
 #pragma unroll
@@ -361,11 +328,6 @@ class WarpLoop {
     }
   }
 
-  // A row that has seen nothing keeps max -inf; subtract 0 then, so that 2^-inf is 0, not NaN.
-  __device__ static float finite_or_zero(float row_max) {
-    return row_max == neg_infinity() ? 0.0f : row_max;
-  }
-
   __device__ void rescale(const float (&top)[2], int b, WarpState<S, T>& state) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -387,7 +349,7 @@ class WarpLoop {
   __device__ void pv_gemm(uint32_t smem_v, const Logits& s, WarpState<S, T>& state) const {
     constexpr int kChunks = S::kHeadDimVo * S::kKvBytes / 16;  // of a row of V
     const int lane = WarpLoop::lane();
-    const uint32_t v_at = smem_v + lane % 16 * kPlan.pitch_v + lane / 16 * 16;
+    const uint32_t v_at = first_chunk(smem_v + lane % 16 * kPlan.pitch_v, lane / 16);
 #pragma unroll
     for (int k = 0; k < kColBlocks / 2; ++k) {
       uint32_t a[T::kRowBlocks][4];
@@ -401,7 +363,7 @@ class WarpLoop {
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; chunk += 2) {
         uint32_t vb[4];  // tokens 0-7 and 8-15 of this chunk, then of the next
-        ptx::ldmatrix_x4_trans(vb, v_at + k * 16 * kPlan.pitch_v + chunk * 16);
+        ptx::ldmatrix_x4_trans(vb, chunk_at(v_at, chunk) + k * 16 * kPlan.pitch_v);
         if constexpr (!S::kFp8) {
           static_assert(kChunks % 2 == 0);
 #pragma unroll
@@ -429,10 +391,6 @@ class WarpLoop {
       }
     }
   }
-
-  const KernelParams& p_;
-  const CurrentItem& current_;
-  const VariantRow* rows_;
 };
 
 }  // namespace fi::sm80

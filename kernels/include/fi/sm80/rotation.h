@@ -3,8 +3,10 @@
 //
 // Scores depend on differences of slots only, so that an item counts them from where the window of
 // its first row begins: K of a tile turns once for all rows, and angles are few however long the
-// text. Leading tokens keep their slots; for them the rows of q turn by others, and are loaded
-// again after them. A tile has leading tokens or others (advance_item).
+// text. Where angles are known to be multiples, a thread reads those of its first row of a tile,
+// before the tile has landed, and turns them on from row to row. Leading tokens keep their slots;
+// for them the rows of q turn by others, and are loaded again after them. A tile has leading tokens
+// or others (advance_item).
 #pragma once
 
 #include "fi/attention/variant.h"
@@ -21,18 +23,44 @@ class Rotator {
   static_assert(!S::kFp8, "a turned row has no room in the place of an fp8 one");
 
  public:
+  static constexpr int kWide = 8;  // pairs that a lane turns at once, 16 bytes at either place
+
+  // What a thread turns its rows of K of a tile by: angles of the first, and from one to the next.
+  struct Angles {
+    float cos[kWide], sin[kWide];
+    float next_cos[kWide], next_sin[kWide];
+  };
+  // Tiles of few rows have registers to hold them, from before the tile has landed.
+  static constexpr bool kBySteps =
+      V::kMultiples && S::kHeadDimQk <= 128 && (T::kRows == 16 || (T::kIsNarrow && S::kDecodes));
+
   __device__ Rotator(const KernelParams& p, const CurrentItem& current, const VariantRow* rows,
                      uint32_t smem_q)
       : p_(p), current_(current), rows_(rows), smem_q_(smem_q) {}
 
-  // Turns what tile `t`, which has landed, is multiplied with. For all threads; a barrier before
-  // and after.
-  __device__ void turn(const KvTiles<T::kKvTile>& tiles, int t, uint32_t smem_k) const {
+  // Reads the angles of this thread's first row of tile `t`, and those of kNextRow slots: both are
+  // in the table if the thread has two rows.
+  __device__ void fetch(const KvTiles<T::kKvTile, false>& tiles, int t, Angles& angles) const {
     const Rotation& rotation = p_.rotation;
-    const int begin = tiles.begin(t);
-    const bool has_sinks = V::kRolls && begin < rotation.sink_prefix;
-    // Between the leading tokens and a hole: seen by nobody, and perhaps of no slot.
-    const int end = has_sinks ? min_i32(tiles.end(t), rotation.sink_prefix) : tiles.end(t);
+    const TurnedRows rows = rows_of(tiles, t);
+    const int half = rotation.rotary_dim / 2, thread = ptx::thread_index();
+    const int i = thread % kWideLanes * kWide;
+    if (!turns_by_steps(rows) || i >= half) return;
+    const int row = min_i32(thread / kWideLanes, rows.count - 1);
+    const float* from = rotation.cos_sin + (rows.first_slot + row) * rotation.stride + i;
+    load_angles(from, angles.cos);
+    load_angles(from + half, angles.sin);
+    const float* step = rotation.cos_sin + (rows.count > kNextRow ? kNextRow : 0) * rotation.stride;
+    load_angles(step + i, angles.next_cos);
+    load_angles(step + half + i, angles.next_sin);
+  }
+
+  // Turns what tile `t`, which has landed, is multiplied with, K by angles that were fetched where
+  // kBySteps. For all threads; a barrier before and after.
+  __device__ void turn(const KvTiles<T::kKvTile, false>& tiles, int t, uint32_t smem_k,
+                       Angles& angles) const {
+    const TurnedRows rows = rows_of(tiles, t);
+    const bool has_sinks = rows.has_sinks;
     const int base = V::kRolls ? gone_before(current_.box.q_pos_min) : 0;
     if (V::kRolls && t > 0 && t == tiles.before_hole) {
       load_q<S, T>(p_, current_.item.num_rows, rows_, smem_q_);
@@ -47,20 +75,64 @@ class Rotator {
             return q_pos - (has_sinks ? gone_before(q_pos) : base);
           });
     }
-    const int num_rows = min_i32(end - begin, T::kKvTile);
     const auto place = [&](int row, int d) { return place_in_k(smem_k, row, d); };
     // Before the first row's window: seen by nobody.
-    const auto slot = [&](int row) { return max_i32(begin + row - (has_sinks ? 0 : base), 0); };
-    if (is_wide()) {
-      turn_rows<8>(num_rows, place, slot);
+    const auto slot = [&](int row) { return max_i32(rows.first_slot + row, 0); };
+    if (kBySteps && turns_by_steps(rows)) {
+      turn_by_steps(rows, place, angles);
+    } else if (is_wide()) {
+      turn_rows<kWide>(rows.count, place, slot);
     } else {
-      turn_rows<2>(num_rows, place, slot);
+      turn_rows<2>(rows.count, place, slot);
     }
     if constexpr (kSwizzles) ptx::publish_to_products();
     __syncthreads();
   }
 
  private:
+  static constexpr int kWideLanes = 64 / kWide;              // of a row
+  static constexpr int kNextRow = T::kThreads / kWideLanes;  // from one row of a thread to the next
+
+  // Rows of K of a tile, from its first one on.
+  struct TurnedRows {
+    int count, first_slot;
+    bool has_sinks;
+  };
+  __device__ TurnedRows rows_of(const KvTiles<T::kKvTile, false>& tiles, int t) const {
+    const int begin = tiles.begin(t);
+    const bool has_sinks = V::kRolls && begin < p_.rotation.sink_prefix;
+    // Between the leading tokens and a hole: seen by nobody, and perhaps of no slot.
+    const int end = has_sinks ? min_i32(tiles.end(t), p_.rotation.sink_prefix) : tiles.end(t);
+    const int base = V::kRolls && !has_sinks ? gone_before(current_.box.q_pos_min) : 0;
+    return {min_i32(end - begin, T::kKvTile), begin - base, has_sinks};
+  }
+
+  // Whether the slots of a tile's rows follow one another, none before the first, and angles can be
+  // read 16 bytes at a time.
+  __device__ bool turns_by_steps(const TurnedRows& rows) const {
+    return is_wide() && rows.first_slot >= 0 && rows.count > 0;
+  }
+
+  // Turns rows whose slots follow one another.
+  template <class Place>
+  __device__ void turn_by_steps(const TurnedRows& rows, Place place, Angles& angles) const {
+    const int half = p_.rotation.rotary_dim / 2, thread = ptx::thread_index();
+    const int i = thread % kWideLanes * kWide;
+    if (i >= half) return;
+#pragma unroll 1
+    for (int row = thread / kWideLanes; row < rows.count; row += kNextRow) {
+      const uint32_t one = place(row, V::kIsInterleaved ? 2 * i : i);
+      const uint32_t other = place(row, V::kIsInterleaved ? 2 * i + kWide : half + i);
+      turn_pairs(one, other, angles.cos, angles.sin);
+#pragma unroll
+      for (int k = 0; k < kWide; ++k) {
+        const float cos = angles.cos[k], sin = angles.sin[k];
+        angles.cos[k] = cos * angles.next_cos[k] - sin * angles.next_sin[k];
+        angles.sin[k] = sin * angles.next_cos[k] + cos * angles.next_sin[k];
+      }
+    }
+  }
+
   // Tokens that a query no longer sees.
   __device__ int gone_before(int q_pos) const {
     if constexpr (!V::kRolls) return 0;
@@ -168,6 +240,34 @@ class Rotator {
   const CurrentItem& current_;
   const VariantRow* rows_;
   uint32_t smem_q_;
+};
+
+// The rotation of a tile, of variants that turn.
+template <class S, class V, class T, bool kTurns = V::kTurns>
+class TileRotation {
+ public:
+  __device__ TileRotation(const KernelParams& p, const CurrentItem& current, const VariantRow* rows,
+                          uint32_t smem_q)
+      : rotator_(p, current, rows, smem_q) {}
+
+  __device__ void fetch(const KvTiles<T::kKvTile, false>& tiles, int t) {
+    if constexpr (Rotator<S, V, T>::kBySteps) rotator_.fetch(tiles, t, angles_);
+  }
+  __device__ void turn(const KvTiles<T::kKvTile, false>& tiles, int t, uint32_t smem_k) {
+    rotator_.turn(tiles, t, smem_k, angles_);
+  }
+
+ private:
+  Rotator<S, V, T> rotator_;
+  typename Rotator<S, V, T>::Angles angles_;
+};
+
+template <class S, class V, class T>
+class TileRotation<S, V, T, false> {
+ public:
+  __device__ TileRotation(const KernelParams&, const CurrentItem&, const VariantRow*, uint32_t) {}
+  __device__ void fetch(const KvTiles<T::kKvTile, false>&, int) {}
+  __device__ void turn(const KvTiles<T::kKvTile, false>&, int, uint32_t) {}
 };
 
 }  // namespace fi::sm80
