@@ -69,13 +69,9 @@ std::vector<TileRow> tiles_that_fit(const KernelShape& shape) {
   return result;
 }
 
-}  // namespace
-
-// Carries the classes that some request within capacity uses: those of lengths that no smaller
-// class holds. Example: with g = 4 one query token needs 16 rows only; with g = 64 it needs 64,
-// never 16.
-KernelTiles sm80_tiles(const KernelShape& shape) {
-  const std::vector<TileRow> rows = tiles_that_fit(shape);
+// The classes that some request within capacity uses: those of lengths that no smaller class holds.
+// Example: with g = 4 one query token needs 8 rows only; with g = 64 it needs 64, never 8.
+std::vector<TileRow> carried_of(const std::vector<TileRow>& rows, const KernelShape& shape) {
   const int64_t most_rows = int64_t{std::max(1, shape.max_q_len)} * shape.group_size;
   std::vector<TileRow> carried;
   int64_t served = 0;  // packed rows that the classes so far hold
@@ -85,6 +81,25 @@ KernelTiles sm80_tiles(const KernelShape& shape) {
     if (next > row.rows && i + 1 < rows.size()) continue;  // only larger classes hold it
     served = i + 1 < rows.size() ? row.rows : most_rows;   // the last takes several tiles
     carried.push_back(row);
+  }
+  return carried;
+}
+
+}  // namespace
+
+KernelTiles sm80_tiles(const KernelShape& shape) {
+  std::vector<TileRow> rows = tiles_that_fit(shape);
+  std::vector<TileRow> carried = carried_of(rows, shape);
+  // A launch has the warps of its largest class. More of them leave more states of the same rows,
+  // for which a smaller class may have no room: its requests take the next one.
+  const auto is_too_large = [&](const TileRow& row) {
+    const int32_t bytes = cta_bytes(shape, row, kMinStages, carried.back().warps);
+    return bytes > shape.max_shared_bytes_per_sm;
+  };
+  while (std::any_of(carried.begin(), carried.end(), is_too_large)) {
+    const int32_t size = std::find_if(carried.begin(), carried.end(), is_too_large)->rows;
+    std::erase_if(rows, [size](const TileRow& row) { return row.rows == size; });
+    carried = carried_of(rows, shape);
   }
   KernelTiles result{{}, {}, carried.back().warps, carried.back().ctas_per_sm};
   for (const TileRow& row : carried) {

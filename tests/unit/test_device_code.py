@@ -143,6 +143,7 @@ CASES = [
     Case("general-d256-rope-steps", 256, 4, GENERAL, variant=shipped.rope(multiples=True)),
     Case("general-rope-pairs", 64, 8, GENERAL, FP16, variant=shipped.rope(interleaved=True)),
     Case("general-rope-sm_80", 128, 4, GENERAL, variant=shipped.rope(), arch="sm_80"),
+    Case("general-d256-fp8-sm_80", 256, 4, GENERAL, kv_dtype=FP8, arch="sm_80"),
     *(Case(f"decode-{arch}", 128, 4, DECODE, arch=arch) for arch in OTHER_ARCHS),
     *(
         Case(f"general-d256-{arch}", 256, 4, GENERAL, arch=arch) for arch in OTHER_ARCHS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from fi_backend import _core
 from fi_backend.errors import Unsupported
 from fi_backend.formats import HeadShape
 from fi_backend.jit.attention_kernels import (
@@ -237,3 +239,17 @@ def test_queries_have_the_tile_that_holds_them() -> None:
     four = attention_spec(heads, *dtypes, None, max_q_len=4, max_requests=64)
     assert [tile[0] for tile in two.tiles] == [8]
     assert [tile[0] for tile in four.tiles] == [8, 16]
+
+
+# Shared memory of a multiprocessor: sm_80, sm_89 and sm_120, sm_90.
+@pytest.mark.parametrize("shared_bytes", [167_936, 102_400, HOPPER_SHARED_BYTES])
+def test_every_shape_has_a_cta_on_every_gpu(shared_bytes: int) -> None:
+    dims = ((16, 16), (64, 64), (80, 80), (128, 128), (160, 160), (192, 128), (256, 256))
+    for dim, kv_bytes, group_size, max_q_len in itertools.product(
+        dims, (1, 2), (1, 4, 8, 16, 64), (1, 4, 1024)
+    ):
+        for boxes in (False, True):
+            shape = (*dim, kv_bytes, group_size, max_q_len, 64, shared_bytes, boxes)
+            table = _core.sm80_tiles(*shape)
+            assert table.ctas_per_sm >= 1, shape
+            assert table.classes[-1].rows >= min(64, max_q_len * group_size), shape
