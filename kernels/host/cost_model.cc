@@ -44,7 +44,6 @@ constexpr TileRow kSm80Tiles[] = {
     {256, 128, 64, 2, 8, 1, 600, 280},  // shared memory: 209 KB
 };
 constexpr int32_t kMinStages = 2;
-constexpr int32_t kNarrowRows = 8;  // whose products widen no fp8
 
 // What a CTA takes of a SM's shared memory: the system's share and the static part come on top.
 int32_t cta_bytes(const KernelShape& shape, const TileRow& row, int32_t stages, int32_t warps) {
@@ -60,7 +59,7 @@ std::vector<TileRow> tiles_that_fit(const KernelShape& shape) {
   std::vector<TileRow> result;
   for (const TileRow& row : kSm80Tiles) {
     const bool is_taken = !result.empty() && result.back().rows == row.rows;
-    if (row.rows == kNarrowRows && shape.kv_bytes != 2) continue;
+    if (row.rows == sm80::kNarrowRows && shape.kv_bytes != 2) continue;
     if (is_taken || std::max(shape.head_dim_qk, shape.head_dim_vo) > row.max_head_dim) continue;
     if (cta_bytes(shape, row, kMinStages, row.warps) <= shape.max_shared_bytes_per_sm) {
       result.push_back(row);

@@ -20,11 +20,14 @@ FI_HOST_DEVICE constexpr int warps_of_rows(int rows, int num_warps) {
   return min_int(max_int(rows / 16, 1), num_warps);
 }
 
+// Rows of the smallest tiles, whose products widen no fp8.
+constexpr int kNarrowRows = 8;
+
 // A tile class: `kRows` packed query rows by `kKvTile` KV tokens, in `kStages` shared-memory
 // stages, for CTAs of `kWarps` warps. Warps split the rows into blocks of 16 or 32 first, then the
 // KV tokens; states of the same rows merge at the end of an item. 16 rows leave warps past the
-// fourth idle: a warp takes at least 16 tokens. Tiles of 8 rows are narrow: what multiplies them
-// has tokens where others have rows (narrow_loop.h).
+// fourth idle: a warp takes at least 16 tokens. Tiles of kNarrowRows are narrow: what multiplies
+// them has tokens where others have rows (narrow_loop.h).
 template <int kRows_, int kKvTile_, int kStages_, int kWarps_>
 struct Tile {
   static constexpr int kRows = kRows_;
@@ -32,7 +35,7 @@ struct Tile {
   static constexpr int kStages = kStages_;
   static constexpr int kWarps = kWarps_;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr bool kIsNarrow = kRows == 8;
+  static constexpr bool kIsNarrow = kRows == kNarrowRows;
   static constexpr int kWarpsM = warps_of_rows(kRows, kWarps);
   static constexpr int kWarpsN = kKvTile / 16 < kWarps / kWarpsM ? kKvTile / 16 : kWarps / kWarpsM;
   static constexpr int kRowBlocks = kIsNarrow ? 1 : kRows / (16 * kWarpsM);  // m16 blocks of a warp

@@ -2,6 +2,7 @@
 // Serves Ampere to Blackwell; the correct baseline that every other kernel is measured against.
 #pragma once
 
+#include "fi/sm80/boxes.h"
 #include "fi/sm80/merge.h"
 #include "fi/sm80/rotation.h"
 
@@ -61,8 +62,9 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     for (int t = 0; t < T::kStages; ++t) pages[t] = loader.fetch(t);
     load_rows<S, V, T>(p, current, rows);
     __syncthreads();
-    // Where two CTAs share a multiprocessor, a tile each on its way does not keep memory busy. Two
-    // each do, but would make others wait that multiply the tiles of nodes.
+    // Kernels of more than decodes have two CTAs a multiprocessor at most where a class has many
+    // rows: a tile each on its way does not keep memory busy. Two each do; beside nodes they are
+    // slower (docs/notes/2026-11-28-narrow-tiles.md).
     const bool fills = !S::kDecodes && T::kStages == 2 && !current.has_nodes;
 #pragma unroll
     for (int t = 0; t < T::kStages; ++t) {

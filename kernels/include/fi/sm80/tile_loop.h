@@ -11,7 +11,7 @@ struct Columns {
   int begin, first, end;
 };
 
-// What loops over tiles have in common.
+// A loop over tiles, but for its products.
 template <class S, class V, class T>
 class TileLoop {
  public:
