@@ -7,11 +7,17 @@
 namespace fi::sm80 {
 
 // The barriers that boxes land at, one for each stage, for all items of a CTA. A barrier's phases
-// have parities 0 1 0 1; `parities` are those of the next ones, a bit each.
+// have parities 0 1 0 1; `parities` are those of the next ones, a bit each. And page ids of the
+// boxes of an item's first tile, a thread each: kUnknown where they did not come with the item.
 struct Landings {
   static constexpr int kMost = 3;
+  static constexpr int32_t kUnknown = -2;
   uint64_t barriers[kMost];
   uint32_t parities;
+  int32_t pages[128];
+
+  // CTAs of more threads have no room for theirs.
+  __device__ static constexpr bool fits(int num_threads) { return num_threads <= 128; }
 
   // For one thread; a CTA barrier before anything lands.
   __device__ void init() {
@@ -74,11 +80,18 @@ class BoxLoader {
   // dereferenced.
   __device__ int32_t fetch(int tile) const {
     if (tile >= num_tiles_) return -1;
-    const int pos = tiles_.begin(tile) + first_row();
-    if (first_row() >= T::kKvTile || pos >= tiles_.end(tile)) return -1;
-    // An entry below zero is out of contract, but its box must land: as zeros, past all pages.
-    const int32_t page = current_.pages[(pos >> p_.page_shift) * p_.table.entry_stride];
-    return page & 0x7fffffff;
+    return page_at(p_, current_.pages, tiles_.begin(tile), tiles_.end(tile));
+  }
+
+  // The same of the first tile of an item that is not the current one yet, while that is made so.
+  // Nodes begin elsewhere (advance_item), or where a hole is.
+  __device__ static int32_t fetch_first(const KernelParams& p, const WorkItem& next) {
+    const int32_t end = next.hole_end > next.hole_begin ? next.hole_begin : next.kv_end;
+    const bool is_node = !S::kDecodes && next.request < 0;
+    if (is_node || end <= next.kv_begin) return Landings::kUnknown;
+    const int32_t log_box = log_of_box(p);
+    const int32_t* pages = page_row(p.table, next.table_row);
+    return page_at(p, pages, next.kv_begin >> log_box << log_box, end);
   }
 
   // Starts the copies of a tile whose page ids fetch() brought; past the last one, of none.
@@ -129,6 +142,15 @@ class BoxLoader {
   }
 
  private:
+  // Page id of this thread's box of a tile that begins at `begin`, of a run that ends at `end`.
+  __device__ static int32_t page_at(const KernelParams& p, const int32_t* pages, int32_t begin,
+                                    int32_t end) {
+    const int32_t row = first_row(log_of_box(p)), pos = begin + row;
+    if (row >= T::kKvTile || pos >= end) return -1;
+    // An entry below zero is out of contract, but its box must land: as zeros, past all pages.
+    return pages[(pos >> p.page_shift) * p.table.entry_stride] & 0x7fffffff;
+  }
+
   __device__ static uint32_t landing(int tile) {
     return ptx::shared_address(&landings().barriers[tile % T::kStages]);
   }
@@ -137,7 +159,10 @@ class BoxLoader {
   __device__ static uint32_t box() {
     return ptx::thread_index() % 32 * T::kWarps + ptx::thread_index() / 32;
   }
-  __device__ int first_row() const { return static_cast<int>(box() / kParts) << tiles_.log_box; }
+  __device__ static int first_row(int32_t log_box) {
+    return static_cast<int>(box() / kParts) << log_box;
+  }
+  __device__ int first_row() const { return first_row(tiles_.log_box); }
 
   const KernelParams& p_;
   const CurrentItem& current_;

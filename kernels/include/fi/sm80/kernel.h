@@ -58,16 +58,21 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     const auto& tiles = loader.tiles();
     const int num_tiles = loader.num_tiles();
     int32_t pages[T::kStages];
+    pages[0] = Landings::kUnknown;
+    if constexpr (Landings::fits(T::kThreads)) pages[0] = landings().pages[ptx::thread_index()];
+    const bool is_known = pages[0] != Landings::kUnknown;
+    if (is_known) loader.load(0, pages[0], stage(0));
 #pragma unroll
-    for (int t = 0; t < T::kStages; ++t) pages[t] = loader.fetch(t);
+    for (int t = is_known ? 1 : 0; t < T::kStages; ++t) pages[t] = loader.fetch(t);
     load_rows<S, V, T>(p, current, rows);
     __syncthreads();
+    if (!is_known) loader.load(0, pages[0], stage(0));
     // Kernels of more than decodes have two CTAs a multiprocessor at most where a class has many
     // rows: a tile each on its way does not keep memory busy. Two each do; beside nodes they are
     // slower (docs/notes/2026-11-28-narrow-tiles.md).
     const bool fills = !S::kDecodes && T::kStages == 2 && !current.has_nodes;
 #pragma unroll
-    for (int t = 0; t < T::kStages; ++t) {
+    for (int t = 1; t < T::kStages; ++t) {
       if (t == T::kStages - 1 && !fills) break;
       loader.load(t, pages[t], stage(t));
     }
@@ -273,6 +278,11 @@ struct Apart {
   }
 };
 
+// What knows the boxes of a tile of the first class. Those of the other classes that have any are
+// as large.
+template <class S, class T, class...>
+using FirstLoader = BoxLoader<S, T, true>;
+
 // V is the variant; Tiles are the launch's tile classes in the planner's order.
 template <class Work, class S, class V, class... Tiles>
 __device__ void run_items(const KernelParams& p) {
@@ -286,7 +296,9 @@ __device__ void run_items(const KernelParams& p) {
   constexpr int kAreaAt = most_of(kShared<S, Tiles>.stages...);
   static_assert(kArrivesOne ||
                 kAreaAt + sizeof(MergeArea<Classes>) <= most_of(kShared<S, Tiles>.bytes...));
-  constexpr bool kAnyInBoxes = (kInBoxes<S, Tiles> || ...);
+  constexpr int kBoxClasses = (kInBoxes<S, Tiles> + ...);  // the first ones
+  constexpr bool kAnyInBoxes = kBoxClasses > 0;
+  constexpr bool kKnowsPages = kAnyInBoxes && Landings::fits(Classes::kThreads);
   static_assert(kStaticBytes + sizeof(Landings) <= kBoxAtom);
   if constexpr (kAnyInBoxes) {
     if (ptx::thread_index() == 0) {
@@ -313,15 +325,22 @@ __device__ void run_items(const KernelParams& p) {
   __syncthreads();
   bool is_last;
   do {
+    int32_t first_page = Landings::kUnknown;
+    if constexpr (kKnowsPages) {
+      if (current.next.tile_class < kBoxClasses) {
+        first_page = FirstLoader<S, Tiles...>::fetch_first(p, current.next);
+      }
+    }
     advance_item<S, V::kRolls>(p, current);
+    // By a warp that has nothing else to do meanwhile.
+    if (!kArrivesOne && ptx::thread_index() == Classes::kThreads - 1) {
+      const WorkItem& next = current.next;
+      if (next.partial_row >= 0 && next.request >= 0) pending.list(plan_of(p), next);
+    }
     __syncthreads();
     if (current.left > 0) prefetch_item(plan_of(p).items + (current.end - current.left), current);
     const WorkItem& item = current.item;
-    // By a warp that has little to do before the first copies.
-    if (!kArrivesOne && item.partial_row >= 0 && item.request >= 0 &&
-        ptx::thread_index() == Classes::kThreads - 1) {
-      pending.list(plan_of(p), item);
-    }
+    if constexpr (kKnowsPages) landings().pages[ptx::thread_index()] = first_page;
     // The same of all lanes, by a way that shows it: uniform registers are kept through the work.
     const int own_class = __shfl_sync(0xffffffff, item.tile_class, 0);
     int c = 0;
