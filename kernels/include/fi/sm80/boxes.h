@@ -7,23 +7,22 @@
 namespace fi::sm80 {
 
 // The barriers that boxes land at, one for each stage, for all items of a CTA. A barrier's phases
-// have parities 0 1 0 1; `parities` are those of the next ones, a bit each. And page ids of the
-// boxes of an item's first tile, a thread each: kUnknown where they did not come with the item.
+// have parities 0 1 0 1; `parities` are those of the next ones, a bit each.
 struct Landings {
   static constexpr int kMost = 3;
-  static constexpr int32_t kUnknown = -2;
+  static constexpr int kMostPages = 128 / kLeastBoxTokens;
   uint64_t barriers[kMost];
   uint32_t parities;
-  int32_t pages[128];
-
-  // CTAs of more threads have no room for theirs.
-  __device__ static constexpr bool fits(int num_threads) { return num_threads <= 128; }
+  // Of an item's first tiles, one for each stage, where they are known: the page ids of their boxes.
+  bool are_known;
+  int32_t pages[kMost][kMostPages];
 
   // For one thread; a CTA barrier before anything lands.
   __device__ void init() {
 #pragma unroll
     for (uint64_t& barrier : barriers) ptx::init_landing(ptx::shared_address(&barrier));
     parities = 0;
+    are_known = false;
   }
 };
 
@@ -48,6 +47,8 @@ class BoxLoader {
   static_assert(kPlan.stages % kBoxAtom == 0 && kPlan.stage_k % kBoxAtom == 0);
   static_assert(T::kKvTile / kLeastBoxTokens * kParts <= T::kThreads, "a thread for each box");
   static_assert(T::kStages <= Landings::kMost);
+  static_assert(T::kKvTile / kLeastBoxTokens <= Landings::kMostPages);
+  static_assert(T::kStages * Landings::kMostPages <= T::kThreads);
 
  public:
   __device__ BoxLoader(const KernelParams& p, const CurrentItem& current)
@@ -79,19 +80,36 @@ class BoxLoader {
   // Page id of this thread's box of `tile`, -1 for none. Entries past the range are never
   // dereferenced.
   __device__ int32_t fetch(int tile) const {
-    if (tile >= num_tiles_) return -1;
-    return page_at(p_, current_.pages, tiles_.begin(tile), tiles_.end(tile));
+    const int32_t row = first_row(), position = tiles_.begin(tile) + row;
+    if (tile >= num_tiles_ || row >= T::kKvTile || position >= tiles_.end(tile)) return -1;
+    return id_of(current_.pages[(position >> p_.page_shift) * p_.table.entry_stride]);
+  }
+  // The same of one of the first tiles, which prefetch_pages() may have brought.
+  __device__ int32_t fetch_first(int tile) const {
+    if (!landings().are_known) return fetch(tile);
+    const int32_t row = first_row();
+    if (tile >= num_tiles_ || row >= T::kKvTile || tiles_.begin(tile) + row >= tiles_.end(tile)) {
+      return -1;
+    }
+    return id_of(landings().pages[tile][row >> tiles_.log_box]);
   }
 
-  // The same of the first tile of an item that is not the current one yet, while that is made so.
-  // Nodes begin elsewhere (advance_item), or where a hole is.
-  __device__ static int32_t fetch_first(const KernelParams& p, const WorkItem& next) {
-    const int32_t end = next.hole_end > next.hole_begin ? next.hole_begin : next.kv_end;
-    const bool is_node = !S::kDecodes && next.request < 0;
-    if (is_node || end <= next.kv_begin) return Landings::kUnknown;
-    const int32_t log_box = log_of_box(p);
+  // Starts the copies of the page ids that the first tiles of `next` want, an item that comes later
+  // on. They stay unknown where it begins within its KV, or has a hole, or no boxes. For all
+  // threads; a CTA barrier before and after.
+  template <class Classes>
+  __device__ static void prefetch_pages(const KernelParams& p, const WorkItem& next) {
+    const int32_t thread = static_cast<int32_t>(ptx::thread_index()), log_box = log_of_box(p);
+    const bool are_known = next.tile_class < kBoxClasses<S, Classes> && !begins_within<S>(next) &&
+                           next.hole_end <= next.hole_begin;
+    if (thread == 0) landings().are_known = are_known;
+    const int32_t tile = thread / Landings::kMostPages, box = thread % Landings::kMostPages;
+    const int32_t first = next.kv_begin >> log_box << log_box, row = box << log_box;
+    const int32_t position = first + tile * T::kKvTile + row;
+    if (!are_known || tile >= T::kStages || row >= T::kKvTile || position >= next.kv_end) return;
     const int32_t* pages = page_row(p.table, next.table_row);
-    return page_at(p, pages, next.kv_begin >> log_box << log_box, end);
+    ptx::cp_async_4(ptx::shared_address(&landings().pages[tile][box]),
+                    pages + (position >> p.page_shift) * p.table.entry_stride);
   }
 
   // Starts the copies of a tile whose page ids fetch() brought; past the last one, of none.
@@ -142,14 +160,8 @@ class BoxLoader {
   }
 
  private:
-  // Page id of this thread's box of a tile that begins at `begin`, of a run that ends at `end`.
-  __device__ static int32_t page_at(const KernelParams& p, const int32_t* pages, int32_t begin,
-                                    int32_t end) {
-    const int32_t row = first_row(log_of_box(p)), pos = begin + row;
-    if (row >= T::kKvTile || pos >= end) return -1;
-    // An entry below zero is out of contract, but its box must land: as zeros, past all pages.
-    return pages[(pos >> p.page_shift) * p.table.entry_stride] & 0x7fffffff;
-  }
+  // An entry below zero is out of contract, but its box must land: as zeros, past all pages.
+  __device__ static int32_t id_of(int32_t entry) { return entry & 0x7fffffff; }
 
   __device__ static uint32_t landing(int tile) {
     return ptx::shared_address(&landings().barriers[tile % T::kStages]);
@@ -159,10 +171,7 @@ class BoxLoader {
   __device__ static uint32_t box() {
     return ptx::thread_index() % 32 * T::kWarps + ptx::thread_index() / 32;
   }
-  __device__ static int first_row(int32_t log_box) {
-    return static_cast<int>(box() / kParts) << log_box;
-  }
-  __device__ int first_row() const { return first_row(tiles_.log_box); }
+  __device__ int first_row() const { return static_cast<int>(box() / kParts) << tiles_.log_box; }
 
   const KernelParams& p_;
   const CurrentItem& current_;

@@ -149,6 +149,12 @@ FI_HOST_DEVICE constexpr SharedPlan plan_shared(int head_dim_qk, int head_dim_vo
 template <class S, class T>
 constexpr bool kInBoxes = S::kBoxes && takes_boxes(T::kRows, T::kKvTile);
 
+// How many classes of a launch have their KV in boxes: the first ones.
+template <class S, class Classes>
+constexpr int kBoxClasses = 0;
+template <class S, class... Tiles>
+constexpr int kBoxClasses<S, TileClasses<Tiles...>> = (kInBoxes<S, Tiles> + ...);
+
 template <class S, class T>
 constexpr SharedPlan kShared = plan_shared(S::kHeadDimQk, S::kHeadDimVo, S::kKvBytes, T::kRows,
                                            T::kKvTile, T::kStages, T::kWarps, kInBoxes<S, T>);

@@ -298,7 +298,7 @@ __device__ inline void for_each_quad(const float4 (&o)[kMaxQuads], const RowShar
                                      Visit visit) {
 #pragma unroll
   for (int q = 0; q < kMaxQuads; ++q) {
-    if ((q == 1 || q == 4) && q == share.quads) break;
+    if ((q == 1 || q == 2 || q == 4) && q == share.quads) break;
     const int d = (share.lane + q * share.lanes) * 4;
     if (S::kHeadDimVo / 4 % kMaxQuads != 0 && d >= S::kHeadDimVo) break;
     const float x[4] = {o[q].x, o[q].y, o[q].z, o[q].w};

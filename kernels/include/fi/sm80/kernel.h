@@ -6,6 +6,9 @@
 #include "fi/sm80/merge.h"
 #include "fi/sm80/rotation.h"
 
+#ifndef FI_S2
+#define FI_S2 0
+#endif
 namespace fi::sm80 {
 
 // The launch's shared memory. Alignment may cost a CTA as much: only where swizzled rows need it.
@@ -58,43 +61,37 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     const auto& tiles = loader.tiles();
     const int num_tiles = loader.num_tiles();
     int32_t pages[T::kStages];
-    pages[0] = Landings::kUnknown;
-    if constexpr (Landings::fits(T::kThreads)) pages[0] = landings().pages[ptx::thread_index()];
-    const bool is_known = pages[0] != Landings::kUnknown;
-    if (is_known) loader.load(0, pages[0], stage(0));
 #pragma unroll
-    for (int t = is_known ? 1 : 0; t < T::kStages; ++t) pages[t] = loader.fetch(t);
+    for (int t = 0; t < T::kStages; ++t) pages[t] = loader.fetch_first(t);
+#pragma unroll
+    for (int t = 0; t < T::kStages - 1; ++t) loader.load(t, pages[t], stage(t));
     load_rows<S, V, T>(p, current, rows);
     __syncthreads();
-    if (!is_known) loader.load(0, pages[0], stage(0));
-    // Kernels of more than decodes have two CTAs a multiprocessor at most where a class has many
-    // rows: a tile each on its way does not keep memory busy. Two each do; beside nodes they are
-    // slower (docs/notes/2026-11-28-narrow-tiles.md).
-    const bool fills = !S::kDecodes && T::kStages == 2 && !current.has_nodes;
-#pragma unroll
-    for (int t = 1; t < T::kStages; ++t) {
-      if (t == T::kStages - 1 && !fills) break;
-      loader.load(t, pages[t], stage(t));
-    }
     load_q<S, T>(p, item.num_rows, rows, smem_q);
     ptx::cp_async_commit();
     int32_t page = pages[T::kStages - 1];
-    if (fills) page = loader.fetch(T::kStages);
     load_units<S, T, Classes>(p, item, rows, smem);
     state.clear();
     ptx::cp_async_wait<0>();
     __syncthreads();  // queries have landed
+    if (current.left > 0) Loader::template prefetch_pages<Classes>(p, current.next);
+    const auto load_next = [&](int next) {
+      loader.load(next, page, stage(next));
+      page = loader.fetch(next + 1);
+    };
+    // Kernels of more than decodes have two CTAs a multiprocessor at most where a class has many
+    // rows: a tile each on its way does not keep memory busy. Two each do; the second a little
+    // later, so that the first is there early.
+    constexpr bool kFills = !S::kDecodes && T::kStages == 2;
+    if (kFills && !FI_S2) load_next(1);
     for (int t = 0; t < num_tiles; ++t) {
       loader.wait(t);
-      const auto load_next = [&](int next) {
-        loader.load(next, page, stage(next));
-        page = loader.fetch(next + 1);
-      };
-      if (!fills) load_next(t + T::kStages - 1);
+      if (kFills && FI_S2 && t == 0) load_next(1);
+      if (!kFills) load_next(t + T::kStages - 1);
       if (loader.clear_outside(t, stage(t))) __syncthreads();
       loop.tile(smem_q, stage(t), tiles.begin(t), tiles.first(t), tiles.end(t), state);
       __syncthreads();  // every warp has left the stage, which may be refilled
-      if (fills) load_next(t + T::kStages);
+      if (kFills) load_next(t + T::kStages);
     }
     if (ptx::thread_index() == T::kThreads - 1) loader.end();
   } else {
@@ -199,8 +196,8 @@ __device__ bool is_complete_and_mine(bool is_complete, int most) {
   return is_complete && __popc(before) < most;
 }
 
-// How long a CTA that has done its span looks for units to merge, in cycles: about 8 us.
-constexpr uint32_t kMostWait = 15000;
+// How long a CTA that has done its span looks for units to merge, in cycles: about 30 us.
+constexpr uint32_t kMostWait = 60000;
 
 // Announces partial states to their merge units, `count` of which unit(i) tells: those of the rows
 // of a node item, equal ones side by side, or of pending request items. A state has a thread: one
@@ -278,10 +275,8 @@ struct Apart {
   }
 };
 
-// What knows the boxes of a tile of the first class. Those of the other classes that have any are
-// as large.
-template <class S, class T, class...>
-using FirstLoader = BoxLoader<S, T, true>;
+template <class T, class...>
+using FirstOf = T;
 
 // V is the variant; Tiles are the launch's tile classes in the planner's order.
 template <class Work, class S, class V, class... Tiles>
@@ -296,9 +291,7 @@ __device__ void run_items(const KernelParams& p) {
   constexpr int kAreaAt = most_of(kShared<S, Tiles>.stages...);
   static_assert(kArrivesOne ||
                 kAreaAt + sizeof(MergeArea<Classes>) <= most_of(kShared<S, Tiles>.bytes...));
-  constexpr int kBoxClasses = (kInBoxes<S, Tiles> + ...);  // the first ones
-  constexpr bool kAnyInBoxes = kBoxClasses > 0;
-  constexpr bool kKnowsPages = kAnyInBoxes && Landings::fits(Classes::kThreads);
+  constexpr bool kAnyInBoxes = kBoxClasses<S, Classes> > 0;
   static_assert(kStaticBytes + sizeof(Landings) <= kBoxAtom);
   if constexpr (kAnyInBoxes) {
     if (ptx::thread_index() == 0) {
@@ -323,24 +316,21 @@ __device__ void run_items(const KernelParams& p) {
     current.table = p.table;
   }
   __syncthreads();
+  if constexpr (kAnyInBoxes) {
+    BoxLoader<S, FirstOf<Tiles...>, true>::template prefetch_pages<Classes>(p, current.next);
+  }
   bool is_last;
   do {
-    int32_t first_page = Landings::kUnknown;
-    if constexpr (kKnowsPages) {
-      if (current.next.tile_class < kBoxClasses) {
-        first_page = FirstLoader<S, Tiles...>::fetch_first(p, current.next);
-      }
-    }
     advance_item<S, V::kRolls>(p, current);
-    // By a warp that has nothing else to do meanwhile.
-    if (!kArrivesOne && ptx::thread_index() == Classes::kThreads - 1) {
-      const WorkItem& next = current.next;
-      if (next.partial_row >= 0 && next.request >= 0) pending.list(plan_of(p), next);
-    }
+    if constexpr (kAnyInBoxes) ptx::cp_async_wait_all();  // page ids
     __syncthreads();
     if (current.left > 0) prefetch_item(plan_of(p).items + (current.end - current.left), current);
     const WorkItem& item = current.item;
-    if constexpr (kKnowsPages) landings().pages[ptx::thread_index()] = first_page;
+    // By a warp that has little to do before the first copies.
+    if (!kArrivesOne && item.partial_row >= 0 && item.request >= 0 &&
+        ptx::thread_index() == Classes::kThreads - 1) {
+      pending.list(plan_of(p), item);
+    }
     // The same of all lanes, by a way that shows it: uniform registers are kept through the work.
     const int own_class = __shfl_sync(0xffffffff, item.tile_class, 0);
     int c = 0;
@@ -351,6 +341,7 @@ __device__ void run_items(const KernelParams& p) {
              void(places = unit_places<S, Tiles>()), void(is_published = kInBoxes<S, Tiles>))
           : void()),
      ...);
+    if (kAnyInBoxes && !is_published && ptx::thread_index() == 0) landings().are_known = false;
     is_last = current.left == 0;
     const bool is_of_node = item.partial_row >= 0 && item.request < 0;
     if constexpr (kArrivesOne) {

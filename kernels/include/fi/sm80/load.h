@@ -90,6 +90,20 @@ __device__ inline RowBox box_of(const WorkItem& item) {
 // most spans.
 constexpr int32_t kCommonPositions = 1280;
 
+// The first of those positions that an item of a prefix holds; where it has none, or for a request,
+// at most its kv_begin.
+template <class S>
+__device__ inline int32_t common_position(const WorkItem& item) {
+  if (S::kDecodes || item.request >= 0) return 0;
+  const int32_t common = ceil_div(item.kv_begin, kCommonPositions) * kCommonPositions;
+  return common < item.kv_end ? common : 0;
+}
+// Whether an item begins there, and ends with what lies before.
+template <class S>
+__device__ inline bool begins_within(const WorkItem& item) {
+  return common_position<S>(item) > item.kv_begin;
+}
+
 // Makes the next item the current one; a CTA barrier before and after. An item without a hole gets
 // an empty one at its end: the main loop need not ask. Where slots roll, it lies after the leading
 // tokens: a tile has them or others. The box of a node item's rows is empty until
@@ -111,13 +125,10 @@ __device__ inline void advance_item(const KernelParams& p, CurrentItem& current)
     if (moves) word = &next.kv_end;
     int32_t value = *word;
     if (kRolls && moves) value = min_i32(max_i32(p.rotation.sink_prefix, next.kv_begin), value);
-    if (!kRolls && !S::kDecodes && next.request < 0) {
-      const int32_t common = ceil_div(next.kv_begin, kCommonPositions) * kCommonPositions;
-      if (next.kv_begin < common && common < next.kv_end) {
-        if (field == &next.kv_begin || field == &next.kv_end) value = common;
-        if (field == &next.hole_begin) value = next.kv_end;
-        if (field == &next.hole_end) value = next.kv_begin;
-      }
+    if (!kRolls && begins_within<S>(next)) {
+      if (field == &next.kv_begin || field == &next.kv_end) value = common_position<S>(next);
+      if (field == &next.hole_begin) value = next.kv_end;
+      if (field == &next.hole_end) value = next.kv_begin;
     }
     reinterpret_cast<int32_t*>(&current.item)[thread] = value;
   } else if (thread == 32) {  // a warp of its own: the row may have to be looked up

@@ -186,6 +186,10 @@ struct CompletedUnits {
   }
 };
 
+// What a lane takes of few rows. Beside prefixes a CTA merges two decoded tokens at a time, mostly.
+template <class Classes>
+constexpr int kFewQuads = Classes::kMaxRows == 128 ? 2 : 1;
+
 // Merges row `row` of a unit: this lane's part of it. kOneWidth: lanes take kMaxQuads, never fewer.
 template <class S, class V, class Classes, bool kOneWidth, int kMaxQuads>
 __device__ inline void merge_row(const KernelParams& p, const MergeJob& job, int row,
@@ -197,8 +201,8 @@ __device__ inline void merge_row(const KernelParams& p, const MergeJob& job, int
   const auto in_node = [&](int link) { return states_in_node<S, Classes>(p, job, link, row); };
   if constexpr (kOneWidth) {
     add_states<S, kMaxQuads, 16 / kMaxQuads>(p, own, share.lane, merge);
-  } else if (share.quads == 1) {
-    add_all_states<S, Classes::kMaxRows, 1, 8>(p, in_node, request, own, share.lane, merge);
+  } else if (share.quads == kFewQuads<Classes>) {
+    add_all_states<S, Classes::kMaxRows, kFewQuads<Classes>, 8>(p, in_node, request, own, share.lane, merge);
   } else if (kMaxQuads == 4 || share.quads == 4) {
     add_all_states<S, Classes::kMaxRows, 4, 4>(p, in_node, request, own, share.lane, merge);
   } else {
@@ -249,7 +253,9 @@ __device__ inline void merge_units(const KernelParams& p, const MergeArea<Classe
   const int most_rows = all.most_rows, num_rows = all.count * most_rows;
   RowShare share = share_rows<S, kThreads, kMaxQuads>();
   if (kMaxQuads > 4 && num_rows <= 16) share = share_rows<S, kThreads, 4>();
-  if (are_few<S, kThreads>(num_rows)) share = share_rows<S, kThreads, 1>();
+  if (are_few<S, kThreads * kFewQuads<Classes>>(num_rows)) {
+    share = share_rows<S, kThreads, kFewQuads<Classes>>();
+  }
   for (int at = share.row; at < num_rows; at += share.rows_at_once) {
     const uint32_t index = static_cast<uint32_t>(at) / static_cast<uint32_t>(most_rows);
     const int row = at - static_cast<int>(index) * most_rows;
