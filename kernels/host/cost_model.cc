@@ -24,12 +24,12 @@ struct TileRow {
 constexpr TileRow kSm80Tiles[] = {
     // Decode: bound by memory. Three CTAs a SM hide each other's softmax. Groups of up to 8 heads
     // have narrow products, unless they widen fp8.
-    {64, 8, 128, 2, 4, 3, 295, 165},   // shared memory: 68 KB in boxes, 79 without
-    {128, 8, 64, 2, 4, 3, 295, 165},   // at most 168 registers, 74 KB
+    {64, 8, 128, 2, 4, 3, 270, 150},   // shared memory: 68 KB in boxes, 79 without
+    {128, 8, 64, 2, 4, 3, 270, 150},   // at most 168 registers, 74 KB
     {192, 8, 64, 2, 4, 2, 295, 200},   // shared memory: 91 KB
     {256, 8, 64, 3, 4, 1, 295, 165},   // shared memory: 210 KB
-    {64, 16, 128, 2, 4, 3, 295, 165},  // shared memory: 69 KB in boxes, 80 without
-    {128, 16, 64, 2, 4, 3, 295, 165},  // at most 168 registers, 76 KB
+    {64, 16, 128, 2, 4, 3, 270, 150},  // shared memory: 69 KB in boxes, 80 without
+    {128, 16, 64, 2, 4, 3, 270, 150},  // at most 168 registers, 76 KB
     {192, 16, 64, 2, 4, 2, 295, 200},  // shared memory: 95 KB
     {256, 16, 64, 3, 4, 1, 295, 165},  // shared memory: 214 KB
     // Chunks, and verification of many tokens: a warp holds 16 rows.

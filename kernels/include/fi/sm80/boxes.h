@@ -13,7 +13,7 @@ struct Landings {
   static constexpr int kMostPages = 128 / kLeastBoxTokens;
   uint64_t barriers[kMost];
   uint32_t parities;
-  // Of an item's first tiles, one for each stage, where they are known: the page ids of their boxes.
+  // Page ids of the boxes of an item's first tiles, one for each stage, where they are known.
   bool are_known;
   int32_t pages[kMost][kMostPages];
 

@@ -6,9 +6,6 @@
 #include "fi/sm80/merge.h"
 #include "fi/sm80/rotation.h"
 
-#ifndef FI_S2
-#define FI_S2 0
-#endif
 namespace fi::sm80 {
 
 // The launch's shared memory. Alignment may cost a CTA as much: only where swizzled rows need it.
@@ -83,10 +80,9 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     // rows: a tile each on its way does not keep memory busy. Two each do; the second a little
     // later, so that the first is there early.
     constexpr bool kFills = !S::kDecodes && T::kStages == 2;
-    if (kFills && !FI_S2) load_next(1);
+    if (kFills) load_next(1);
     for (int t = 0; t < num_tiles; ++t) {
       loader.wait(t);
-      if (kFills && FI_S2 && t == 0) load_next(1);
       if (!kFills) load_next(t + T::kStages - 1);
       if (loader.clear_outside(t, stage(t))) __syncthreads();
       loop.tile(smem_q, stage(t), tiles.begin(t), tiles.first(t), tiles.end(t), state);

@@ -202,7 +202,8 @@ __device__ inline void merge_row(const KernelParams& p, const MergeJob& job, int
   if constexpr (kOneWidth) {
     add_states<S, kMaxQuads, 16 / kMaxQuads>(p, own, share.lane, merge);
   } else if (share.quads == kFewQuads<Classes>) {
-    add_all_states<S, Classes::kMaxRows, kFewQuads<Classes>, 8>(p, in_node, request, own, share.lane, merge);
+    constexpr int kQuads = kFewQuads<Classes>;
+    add_all_states<S, Classes::kMaxRows, kQuads, 8>(p, in_node, request, own, share.lane, merge);
   } else if (kMaxQuads == 4 || share.quads == 4) {
     add_all_states<S, Classes::kMaxRows, 4, 4>(p, in_node, request, own, share.lane, merge);
   } else {
