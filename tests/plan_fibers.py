@@ -120,6 +120,7 @@ struct CtaMemory {
   std::vector<std::any> values[2];
   std::vector<int32_t> bits[2], lanes[2], marks, tile_costs;
   char* scratch;
+  fi::planner::ClassRules classes[fi::kMaxTileClasses];
 };
 
 class FiberBlock {
@@ -140,6 +141,7 @@ class FiberBlock {
   int32_t over_ctas(int32_t n) const { return n / num_ctas_; }
   void sync() const { fibers_.wait(kAtBarrier); }
   char* scratch() const { return memory_.scratch; }
+  const fi::planner::ClassRules* classes() const { return memory_.classes; }
   int32_t* marks() const { return memory_.marks.data(); }
   int32_t* tile_costs() const { return memory_.tile_costs.data() + warp() * num_tile_costs(); }
   int32_t num_tile_costs() const { return 4 * num_lanes(); }
@@ -155,8 +157,12 @@ class FiberBlock {
   }
 
   template <int32_t kParamBytes>
-  void prepare(const fi::PlanKernelParams&) const {
+  void prepare(const fi::PlanKernelParams& p) const {
     memory_.marks[thread_] = -1;
+    const fi::Tiling& tiling = p.tiling;
+    for (int32_t c = thread_; c < tiling.num_classes; c += num_threads()) {
+      memory_.classes[c] = {tiling.classes[c], tiling.rows[c], tiling.kv_tile[c], p.c_tile[c]};
+    }
     sync();
   }
 

@@ -21,7 +21,7 @@ class StepPlanner {
 
  public:
   FI_HOST_DEVICE StepPlanner(const PlanKernelParams& params, Scratch<Cost>& scratch, Block& block)
-      : p(params), s(scratch), block_(block), tiles_(params), out_(params) {}
+      : p(params), s(scratch), block_(block), tiles_(params, block.classes()), out_(params) {}
 
   FI_HOST_DEVICE void run() {
     totals_ = StepTables<Block, kMode>(p, s, block_).fill(out_.requests);

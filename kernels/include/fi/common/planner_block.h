@@ -26,6 +26,7 @@ struct BlockMemory {
   int32_t marks[kThreads];
   int32_t tile_costs[kWarps][kTileCosts];
   int32_t parameters[16];
+  ClassRules classes[kMaxTileClasses];
 };
 
 // The number of CTAs is a power of two.
@@ -51,6 +52,9 @@ class CudaBlock {
   __device__ void sync() const { __syncthreads(); }
   __device__ int32_t* marks() const { return memory_->marks; }
 
+  // After prepare().
+  __device__ const ClassRules* classes() const { return memory_->classes; }
+
   // Room for a warp's row tiles of large requests: num_tile_costs() words.
   __device__ int32_t* tile_costs() const { return memory_->tile_costs[warp()]; }
   __device__ static constexpr int32_t num_tile_costs() { return Memory::kTileCosts; }
@@ -72,7 +76,8 @@ class CudaBlock {
   // The forest is read after this: the kernel that finds it may still run.
   __device__ void wait_for_forest() const { ptx::wait_for_previous_grid(); }
 
-  // Clears the marks, and what scans need cleared.
+  // Clears the marks, and what scans need cleared; lays out classes(), which threads look up: loads
+  // of parameters by index take long.
   //
   // Reads a word of each 64 bytes of the parameters, which a launch leaves outside the constant
   // cache: to be called while other loads are under way, instead of missing one line after another
@@ -87,6 +92,11 @@ class CudaBlock {
     memory_->marks[thread()] = -1;
     if (thread() < 3 * (kWarps + 1)) memory_->words[0][thread()] = {};
     if (thread() < 3) memory_->bits[thread()] = 0;
+    if (thread() < p.tiling.num_classes) {
+      const Tiling& tiling = p.tiling;
+      const int32_t c = thread();
+      memory_->classes[c] = {tiling.classes[c], tiling.rows[c], tiling.kv_tile[c], p.c_tile[c]};
+    }
     int32_t first;  // through an instruction that is not moved before the other loads
     asm volatile("mov.b32 %0, %1;" : "=r"(first) : "r"(warp()) : "memory");
 #pragma unroll

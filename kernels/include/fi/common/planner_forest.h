@@ -22,7 +22,7 @@ class ForestTables {
  public:
   FI_HOST_DEVICE ForestTables(const PlanKernelParams& params, const Scratch<Cost>& scratch,
                               Block& block)
-      : p(params), s(scratch), block_(block), tiles_(params) {}
+      : p(params), s(scratch), block_(block), tiles_(params, block.classes()) {}
 
   // Asks for the header and this thread's first node, of which there may be none.
   FI_HOST_DEVICE void load(bool is_wanted) {

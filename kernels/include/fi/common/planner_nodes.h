@@ -13,7 +13,7 @@ class NodePasses {
  public:
   FI_HOST_DEVICE NodePasses(const PlanKernelParams& params, const Scratch<Cost>& scratch,
                             Block& block, const StepTotals<Cost>& totals)
-      : p(params), s(scratch), block_(block), totals_(totals), tiles_(params) {}
+      : p(params), s(scratch), block_(block), totals_(totals), tiles_(params, block.classes()) {}
 
   FI_HOST_DEVICE bool has_nodes() const { return totals_.num_nodes > 0; }
   FI_HOST_DEVICE bool has_large() const { return (totals_.findings & kLarge) != 0; }

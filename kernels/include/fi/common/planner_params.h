@@ -27,6 +27,12 @@ struct Mode {
   bool has_nodes;       // there may be a prefix forest; with from_start only
 };
 
+// A tile class and what is divided by its sizes, where threads look it up.
+struct alignas(16) ClassRules {
+  TileClass sizes;
+  Divisor rows, kv_tile, c_tile;
+};
+
 // Costs of one KV head, below 2^31 or 2^63.
 template <Mode kMode>
 struct CostType {

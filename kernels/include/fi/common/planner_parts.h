@@ -21,20 +21,6 @@ FI_HOST_DEVICE inline int32_t count_bits(uint32_t word) {
 #endif
 }
 
-// The word; the compiler knows no more where it was read from.
-FI_HOST_DEVICE inline uint32_t as_read(uint32_t word) {
-#if defined(__CUDA_ARCH__)
-  asm("" : "+r"(word));
-#endif
-  return word;
-}
-
-template <class T>
-struct WordsOf {
-  static constexpr uint32_t kCount = sizeof(T) / sizeof(uint32_t);
-  uint32_t at[kCount];
-};
-
 // Number of the lowest bit that is set; there is one.
 FI_HOST_DEVICE inline int32_t lowest_bit(uint32_t word) {
 #if defined(__CUDA_ARCH__)

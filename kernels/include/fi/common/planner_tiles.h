@@ -31,9 +31,10 @@ class TileRules {
   using Cost = typename CostType<kMode>::Type;
   using Sums = typename SumsType<kMode>::Type;
 
-  FI_HOST_DEVICE explicit TileRules(const PlanKernelParams& p) : p(p) {}
+  FI_HOST_DEVICE TileRules(const PlanKernelParams& p, const ClassRules* classes)
+      : p(p), classes_(classes) {}
 
-  // Tiling::class_of() and the entry of a class: selected, because loads by index take long.
+  // Tiling::class_of().
   FI_HOST_DEVICE int32_t class_of(int32_t packed_rows) const {
     int32_t c = 0;
     for (int32_t i = 0; i < kMode.num_classes - 1; ++i) {
@@ -42,28 +43,19 @@ class TileRules {
     return c;
   }
 
-  // All entries are read, by addresses known to the compiler: it would select the address.
-  template <class T>
-  FI_HOST_DEVICE static T pick(const T (&values)[kMaxTileClasses], int32_t c) {
-    using Words = WordsOf<T>;
-    Words value = __builtin_bit_cast(Words, values[0]);
-    for (int32_t i = 1; i < kMode.num_classes; ++i) {
-      const Words other = __builtin_bit_cast(Words, values[i]);
-      for (uint32_t w = 0; w < Words::kCount; ++w) {
-        const uint32_t word = as_read(other.at[w]);
-        if (c == i) value.at[w] = word;
-      }
-    }
-    return __builtin_bit_cast(T, value);
-  }
-
   FI_HOST_DEVICE int32_t packed_rows(int32_t q_len) const { return q_len * p.tiling.group.value; }
 
-  FI_HOST_DEVICE TileClass tile_class(int32_t c) const { return pick(p.tiling.classes, c); }
+  FI_HOST_DEVICE TileClass tile_class(int32_t c) const {
+    return is_only() ? p.tiling.classes[0] : classes_[c].sizes;
+  }
 
-  FI_HOST_DEVICE Divisor rows(int32_t c) const { return pick(p.tiling.rows, c); }
+  FI_HOST_DEVICE Divisor rows(int32_t c) const {
+    return is_only() ? p.tiling.rows[0] : classes_[c].rows;
+  }
 
-  FI_HOST_DEVICE int32_t kv_tile(int32_t c) const { return pick(p.tiling.kv_tile, c).value; }
+  FI_HOST_DEVICE Divisor kv_tile(int32_t c) const {
+    return is_only() ? p.tiling.kv_tile[0] : classes_[c].kv_tile;
+  }
 
   FI_HOST_DEVICE int32_t num_tiles(int32_t q_len, int32_t c) const {
     return rows(c).ceil_quotient(packed_rows(q_len));
@@ -96,7 +88,7 @@ class TileRules {
   // One tile, whose rows see KV [kv_begin, kv_end) together; kv_begin 0 without nodes.
   FI_HOST_DEVICE Sums sums_of_range(int32_t c, int32_t kv_begin, int32_t kv_end) const {
     const TileClass tc = tile_class(c);
-    const Divisor kv_tile = pick(p.tiling.kv_tile, c);
+    const Divisor kv_tile = this->kv_tile(c);
     int32_t tiles = kv_tile.ceil_quotient(kv_end);
     if constexpr (kMode.has_nodes) tiles -= kv_tile.quotient(kv_begin);
     Sums sums;
@@ -110,7 +102,7 @@ class TileRules {
   FI_HOST_DEVICE void fill_item(const OwnPart& own, int32_t c, int32_t num_tiles, int32_t index,
                                 int32_t step_begin, int32_t step_end, WorkItem* item) const {
     if constexpr (kMode.from_start) {
-      const int32_t end = row_end(own.q_len, c, index), tokens = kv_tile(c);
+      const int32_t end = row_end(own.q_len, c, index), tokens = kv_tile(c).value;
       item->row_begin = index * tile_class(c).rows;
       item->num_rows = end - item->row_begin;
       item->kv_begin = step_begin * tokens;
@@ -127,7 +119,7 @@ class TileRules {
   // The same where KV may begin anywhere. All rows of a node see all of it.
   FI_HOST_DEVICE void fill_range(const OwnPart& own, int32_t c, bool is_node, const Piece& piece,
                                  WorkItem* item) const {
-    const Divisor kv_tile = pick(p.tiling.kv_tile, c);
+    const Divisor kv_tile = this->kv_tile(c);
     const int32_t first = kv_tile.quotient(own.kv_begin);
     const int32_t index = piece.place.index, end = row_end(own.q_len, c, index);
     item->row_begin = index * tile_class(c).rows;
@@ -175,9 +167,9 @@ class TileRules {
     const Cost plus = budget + static_cast<Cost>(tile_class(c).c_tile) / 2, minus = c_fixed / 2;
     if (plus <= minus || tile_cost == c_fixed) return 0;
     if constexpr (kMode.is_narrow) {
-      return pick(p.c_tile, c).quotient(static_cast<int32_t>(plus - minus));
+      return c_tile(c).quotient(static_cast<int32_t>(plus - minus));
     } else {
-      return static_cast<int32_t>(pick(p.wide.c_tile, c).divide(plus - minus).quotient);
+      return static_cast<int32_t>(p.wide.c_tile[c].divide(plus - minus).quotient);
     }
   }
 
@@ -207,6 +199,12 @@ class TileRules {
   }
 
  private:
+  FI_HOST_DEVICE static constexpr bool is_only() { return kMode.num_classes == 1; }
+
+  FI_HOST_DEVICE Divisor c_tile(int32_t c) const {
+    return is_only() ? p.c_tile[0] : classes_[c].c_tile;
+  }
+
   // Rows before row_end see KV up to here together.
   FI_HOST_DEVICE int32_t end_from_start(const OwnPart& own, int32_t row_end) const {
     const int32_t tokens_after = own.q_len - 1 - p.tiling.group.quotient(row_end - 1);
@@ -215,6 +213,7 @@ class TileRules {
   }
 
   const PlanKernelParams& p;
+  const ClassRules* classes_;
 };
 
 }  // namespace fi::planner
