@@ -9,9 +9,9 @@ namespace {
 
 // A row of the sm80 tile table, for heads whose larger dimension is at most `max_head_dim`.
 // Costs are in units of about 9 ns of an H200, where tiles of 64 and 128 rows multiply by
-// warpgroups. Those of head dimension 128 were swept in steps with shared prefixes, those of 128
-// rows against prefill too (docs/notes/2026-11-28-narrow-tiles.md); the others follow from them or
-// are older.
+// warpgroups. Those of head dimension 128 were swept in steps with shared prefixes
+// (docs/notes/2026-11-28-who-waits.md), those of 128 rows against prefill too
+// (docs/notes/2026-11-28-narrow-tiles.md); the others follow from them or are older.
 struct TileRow {
   int32_t max_head_dim;
   int32_t rows, kv_tile, stages;
