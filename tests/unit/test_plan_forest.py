@@ -340,9 +340,7 @@ def test_usual_capacities_plan_in_shared_memory() -> None:
     ],
 )
 def test_compiles_without_spills(arch: str, threads: int, in_shared: str, mode: str) -> None:
-    source = plan_kernel.SOURCE.format(
-        threads=threads, in_shared=in_shared, mode=mode
-    )
+    source = plan_kernel.SOURCE.format(threads=threads, in_shared=in_shared, mode=mode)
     cubin = compile_cubin(source, arch)
     assert (cubin.spill_bytes, cubin.stack_bytes) == (0, 0), cubin.log
     assert "warning" not in cubin.log
