@@ -39,7 +39,11 @@ class StepTables {
 
  public:
   FI_HOST_DEVICE StepTables(const PlanKernelParams& params, Scratch<Cost>& scratch, Block& block)
-      : p(params), s(scratch), block_(block), tiles_(params, block.classes()), forest_(params, scratch, block) {}
+      : p(params),
+        s(scratch),
+        block_(block),
+        tiles_(params, block.classes()),
+        forest_(params, scratch, block) {}
 
   // Fills all but the cuts, and writes the plan's requests.
   FI_HOST_DEVICE StepTotals<Cost> fill(PlannedRequest* requests) {
