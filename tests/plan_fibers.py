@@ -159,9 +159,8 @@ class FiberBlock {
   template <int32_t kParamBytes>
   void prepare(const fi::PlanKernelParams& p) const {
     memory_.marks[thread_] = -1;
-    const fi::Tiling& tiling = p.tiling;
-    for (int32_t c = thread_; c < tiling.num_classes; c += num_threads()) {
-      memory_.classes[c] = {tiling.classes[c], tiling.rows[c], tiling.kv_tile[c], p.c_tile[c]};
+    for (int32_t c = thread_; c < p.tiling.num_classes; c += num_threads()) {
+      memory_.classes[c] = fi::planner::class_rules(p, c);
     }
     sync();
   }

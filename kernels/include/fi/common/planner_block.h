@@ -92,11 +92,7 @@ class CudaBlock {
     memory_->marks[thread()] = -1;
     if (thread() < 3 * (kWarps + 1)) memory_->words[0][thread()] = {};
     if (thread() < 3) memory_->bits[thread()] = 0;
-    if (thread() < p.tiling.num_classes) {
-      const Tiling& tiling = p.tiling;
-      const int32_t c = thread();
-      memory_->classes[c] = {tiling.classes[c], tiling.rows[c], tiling.kv_tile[c], p.c_tile[c]};
-    }
+    if (thread() < p.tiling.num_classes) memory_->classes[thread()] = class_rules(p, thread());
     int32_t first;  // through an instruction that is not moved before the other loads
     asm volatile("mov.b32 %0, %1;" : "=r"(first) : "r"(warp()) : "memory");
 #pragma unroll

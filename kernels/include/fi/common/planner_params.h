@@ -123,6 +123,11 @@ struct PlanKernelParams {
 
 namespace planner {
 
+FI_HOST_DEVICE inline ClassRules class_rules(const PlanKernelParams& params, int32_t c) {
+  const Tiling& tiling = params.tiling;
+  return {tiling.classes[c], tiling.rows[c], tiling.kv_tile[c], params.c_tile[c]};
+}
+
 // Of the parameters, what a kernel reads.
 template <Mode kMode>
 constexpr int32_t kParamBytes =
