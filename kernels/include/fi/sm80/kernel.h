@@ -151,9 +151,12 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
 
 // Merge units of request items whose states are written and not announced yet. They are announced
 // together when the CTA has done its span: prefixes, which come first in the order of items, are
-// mostly done by then, and a CTA merges its own requests at once.
+// mostly done by then, and a CTA merges its own requests at once. To merge before would make its
+// other items late, and with them all who wait for their states: in kernels of boxes, which have
+// memory to spare, even spans of short items have room.
+constexpr int kMostPending = 5, kMostPendingInBoxes = 12;
+template <int kMost>
 struct PendingUnits {
-  static constexpr int kMost = 5;
   ArrivingUnit units[kMost];
   int count;  // here and not in a register, of which main loops have none to spare
 
@@ -192,6 +195,28 @@ __device__ bool is_complete_and_mine(bool is_complete, int most) {
   return is_complete && __popc(before) < most;
 }
 
+// Where a step has no prefixes, announces the states of this few units without further ado, and
+// lists those of which no state is missing: a warp has a unit to announce, or to look up.
+constexpr int kFewUnits = 2;
+
+template <class S, class Classes, class Unit>
+__device__ void arrive_few(const KernelParams& p, const Unit& unit, int count,
+                           MergeArea<Classes>& area) {
+  static_assert(Classes::kThreads >= 64 * kFewUnits);
+  const int x = static_cast<int>(ptx::thread_index()), warp = x / 32, i = warp % kFewUnits;
+  if (x % 32 != 0) return;
+  const bool exists = i < count && warp < 2 * kFewUnits;
+  int num_rows = 0;
+  if (exists && warp >= kFewUnits) {
+    look_up<S, Classes>(p, unit(i).unit, unit(i).request, area.jobs[i]);
+  } else if (exists && ptx::arrive_last(p.arrivals + unit(i).unit, unit(i).expected)) {
+    num_rows = unit(i).num_rows;
+  }
+  area.done.slots[x] = i;
+  area.done.count[warp] = num_rows > 0;
+  area.done.most_rows[warp] = num_rows;
+}
+
 // How long a CTA that has done its span looks for units to merge, in cycles: about 30 us.
 constexpr uint32_t kMostWait = 60000;
 
@@ -216,7 +241,8 @@ __device__ void arrive_and_merge(const KernelParams& p, const Unit& unit, int co
   const auto begins = [&](int i) {
     return i < count && (!is_of_node || i == 0 || unit(i - 1).unit != unit(i).unit);
   };
-  bool is_open = begins(x);
+  const bool are_few = kBoxClasses<S, Classes> > 0 && !has_nodes && count <= kFewUnits;
+  bool is_open = !are_few && begins(x);
   const ArrivingUnit own = is_open ? unit(x) : ArrivingUnit{};
   int32_t* const counter = p.arrivals + own.unit;
   const bool waits = has_nodes && is_last;
@@ -227,14 +253,18 @@ __device__ void arrive_and_merge(const KernelParams& p, const Unit& unit, int co
   bool is_complete = is_open && (takes ? ptx::arrive_last(counter, own.expected)
                                        : ptx::arrive(counter) == own.expected);
   const int other = (x + Classes::kThreads / 2) % Classes::kThreads;
-  if (begins(other)) {
+  if (are_few) {
+    arrive_few<S, Classes>(p, unit, count, area);
+  } else if (begins(other)) {
     look_up<S, Classes>(p, unit(other).unit, unit(other).request, area.jobs[other]);
   }
   while (true) {
-    const bool is_mine = is_complete_and_mine<S>(is_complete, most);
-    area.done.list(is_mine && (takes || ptx::claim(counter, own.expected)), own.num_rows);
-    if (is_mine) is_open = is_complete = false;
-    takes = false;
+    if (!are_few) {
+      const bool is_mine = is_complete_and_mine<S>(is_complete, most);
+      area.done.list(is_mine && (takes || ptx::claim(counter, own.expected)), own.num_rows);
+      if (is_mine) is_open = is_complete = false;
+      takes = false;
+    }
     __syncthreads();
     const auto all = area.done.all();
     if (all.count > 0) {
@@ -281,13 +311,14 @@ __device__ void run_items(const KernelParams& p) {
   char* const smem = dynamic_shared<((kByWarpgroups<S, Tiles> || kInBoxes<S, Tiles>) || ...)>();
   CurrentItem& current = current_item();
   __shared__ int is_done;
-  __shared__ PendingUnits pending;
-  static_assert(sizeof(current) + sizeof(is_done) + sizeof(pending) <= kStaticBytes);
+  constexpr bool kAnyInBoxes = kBoxClasses<S, Classes> > 0;
+  __shared__ PendingUnits<kAnyInBoxes ? kMostPendingInBoxes : kMostPending> pending;
+  static_assert(sizeof(current) + sizeof(is_done) + sizeof(pending) <=
+                (kAnyInBoxes ? kBoxAtom - sizeof(Landings) : kStaticBytes));
   constexpr bool kArrivesOne = S::kDecodes && Classes::kMaxRows <= 16;
   constexpr int kAreaAt = most_of(kShared<S, Tiles>.stages...);
   static_assert(kArrivesOne ||
                 kAreaAt + sizeof(MergeArea<Classes>) <= most_of(kShared<S, Tiles>.bytes...));
-  constexpr bool kAnyInBoxes = kBoxClasses<S, Classes> > 0;
   static_assert(kStaticBytes + sizeof(Landings) <= kBoxAtom);
   if constexpr (kAnyInBoxes) {
     if (ptx::thread_index() == 0) {
@@ -315,8 +346,7 @@ __device__ void run_items(const KernelParams& p) {
   if constexpr (kAnyInBoxes) {
     BoxLoader<S, FirstOf<Tiles...>, true>::template prefetch_pages<Classes>(p, current.next);
   }
-  bool is_last;
-  do {
+  while (true) {
     advance_item<S, V::kRolls>(p, current);
     if constexpr (kAnyInBoxes) ptx::cp_async_wait_all();  // page ids
     __syncthreads();
@@ -338,13 +368,14 @@ __device__ void run_items(const KernelParams& p) {
           : void()),
      ...);
     if (kAnyInBoxes && !is_published && ptx::thread_index() == 0) landings().are_known = false;
-    is_last = current.left == 0;
+    const bool is_last = current.left == 0;
     const bool is_of_node = item.partial_row >= 0 && item.request < 0;
     if constexpr (kArrivesOne) {
       if (item.partial_row >= 0) arrive_and_merge_one<S, V, Classes>(p, item, is_done);
     } else {
       const int count = is_of_node ? item.num_rows : pending.count;
-      if (is_of_node || count == pending.kMost || (is_last && count > 0)) {
+      constexpr int kMost = sizeof(pending.units) / sizeof(pending.units[0]);
+      if (is_of_node || count == kMost || (is_last && count > 0)) {
         const auto unit = [&](int i) { return is_of_node ? places(smem, i) : pending.units[i]; };
         arrive_and_merge<S, V, Classes, kAreaAt>(p, unit, count, is_of_node, is_last,
                                                  current.has_nodes, smem);
@@ -352,9 +383,10 @@ __device__ void run_items(const KernelParams& p) {
         is_published = false;
       }
     }
+    if (is_last) return;  // at once: to publish would be to wait for what was stored
     if (kAnyInBoxes && !is_published) ptx::publish_to_products();
     __syncthreads();  // shared memory belongs to the next item
-  } while (!is_last);
+  }
 }
 
 // The kernel.

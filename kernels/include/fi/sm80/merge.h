@@ -258,7 +258,10 @@ __device__ inline void merge_units(const KernelParams& p, const MergeArea<Classe
     share = share_rows<S, kThreads, kFewQuads<Classes>>();
   }
   for (int at = share.row; at < num_rows; at += share.rows_at_once) {
-    const uint32_t index = static_cast<uint32_t>(at) / static_cast<uint32_t>(most_rows);
+    // Mostly of a decoded token each: nothing to divide by.
+    const bool are_tokens = most_rows == S::kGroupSize;
+    const auto nth = static_cast<uint32_t>(at), rows = static_cast<uint32_t>(most_rows);
+    const uint32_t index = are_tokens ? nth / S::kGroupSize : nth / rows;
     const int row = at - static_cast<int>(index) * most_rows;
     merge_row<S, V, Classes, false, kMaxQuads>(p, area.jobs[area.done.slots[all.slot(index)]], row,
                                                share);
