@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "fi/plan/whole_pieces.h"
+
 namespace fi::host {
 namespace {
 
@@ -279,9 +281,9 @@ class PlanBuilder {
     const RowTile tile = row_tile(low, tiles_of(low) - 1 - index);
     const Cut cut = {low, head, index, tile.steps_within(in_head - cost_prefix_[at])};
     const int64_t rest = cost_prefix_[at + 1] - in_head;
-    const int64_t span = cost_prefix_.back() / config_.num_ctas * heads;
     // Where chunks are whole, less than the tile's cost is left: a cut never follows all its steps.
-    const bool moves = cut.step == tile.num_steps() || is_short_rest(rest, tile.c_fixed, span);
+    const bool moves =
+        cut.step == tile.num_steps() || is_short_rest(rest, tile.c_fixed, span_cost());
     return !tile.whole_chunks() && cut.step > 0 && moves ? next_row_tile(cut) : cut;
   }
 
@@ -296,12 +298,44 @@ class PlanBuilder {
     return c;
   }
 
+  // The total cost's share of a CTA, as the device planner rounds it.
+  int64_t span_cost() const {
+    return cost_prefix_.back() / config_.num_ctas * config_.num_kv_heads;
+  }
+
+  // Of row tiles of nodes, which come first in the linear order.
+  int64_t node_cost() const {
+    return config_.num_kv_heads * cost_prefix_[block_begin_[out_.header->num_nodes]];
+  }
+
+  WholePieces find_pieces() const {
+    if (out_.header->num_nodes != 1 || config_.invariant_chunk > 0) return {};
+    const RowTile tile = row_tile(0, 0);
+    const NodeTiles node = {out_.header->num_node_tiles, tile.num_steps(), tile.cost()};
+    const int64_t request_cost = out_.header->total_cost - node_cost();
+    return find_whole_pieces(node, request_cost, span_cost(), config_.num_ctas,
+                             tiling_.classes[0].c_fixed);
+  }
+
+  // Where span p begins.
+  Cut begin_of_span(int32_t p, const WholePieces& pieces) const {
+    if (pieces.per_tile == 0) {
+      const int64_t total = out_.header->total_cost, p_count = config_.num_ctas;
+      return cut_at(total / p_count * p + total % p_count * p / p_count);
+    }
+    if (p >= pieces.num_ctas) {
+      return cut_at(node_cost() + static_cast<int64_t>(p - pieces.num_ctas) * pieces.request_span);
+    }
+    const int32_t tile = p / pieces.per_tile, count = tiles_of(0);
+    return {0, tile / count, tile % count, pieces.steps_before(p % pieces.per_tile)};
+  }
+
   void cut_spans() {
-    const int64_t total = out_.header->total_cost, p_count = config_.num_ctas;
-    Cut begin = cut_at(0);
+    const WholePieces pieces = find_pieces();
+    Cut begin = begin_of_span(0, pieces);
     for (int32_t p = 0; p < config_.num_ctas; ++p) {
       out_.cta_ptr[p] = out_.header->num_items;
-      const Cut end = cut_at(total / p_count * (p + 1) + total % p_count * (p + 1) / p_count);
+      const Cut end = begin_of_span(p + 1, pieces);
       while (begin.block != end.block || begin.head != end.head || begin.index != end.index) {
         emit(begin, -1);
         begin = next_row_tile(begin);

@@ -78,17 +78,35 @@ class StepPlanner {
     }
   }
 
-  // The place where span c begins: after floor(W c / P) of the total cost W = heads w. With
+  // A step's only prefix in whole pieces, if it is.
+  FI_HOST_DEVICE WholePieces find_pieces() const {
+    if constexpr (!kMode.has_nodes) return {};
+    int32_t remainder;
+    return nodes().find_pieces(share_of_cta(&remainder));
+  }
+
+  // The place where span c begins, where pieces do not say it: after floor(W c / P) of the total
+  // cost W = heads w. With
   //   w = P share + remainder, remainder c = P a + b:   W c / P = heads (share c + a) + heads b / P
   // all of it is in units of one head's cost, and small. *num_rows: packed rows of its row tile;
   // with nodes times 2, + 1 where all its pieces are partial.
-  FI_HOST_DEVICE Cut find_cut(int32_t c, int32_t* num_rows) const {
+  FI_HOST_DEVICE Cut find_cut(int32_t c, const WholePieces& pieces, int32_t* num_rows) const {
     const int32_t heads = p.num_kv_heads.value;
     Cut cut{heads * totals_.num_tiles + num_node_tiles(), 0, 0, 0};
     *num_rows = 0;
     if (c >= p.num_ctas.value || totals_.cost == 0) return cut;
     int32_t remainder;
     const Cost share = share_of_cta(&remainder);
+    if constexpr (kMode.has_nodes) {
+      if (pieces.per_tile > 0) {
+        if (c < pieces.num_ctas) return nodes().begin_of_piece(c, pieces, num_rows);
+        const int32_t at = (c - pieces.num_ctas) * pieces.request_span;
+        const int32_t in_head = p.num_kv_heads.quotient(at);
+        const Cost of_head = totals_.node_cost + static_cast<Cost>(in_head);
+        if (of_head >= totals_.cost) return cut;
+        return nodes().find_cut(of_head, at - in_head * heads, share, num_rows);
+      }
+    }
     const int32_t a = p.num_ctas.quotient(remainder * c);
     const int32_t b = remainder * c - a * p.num_ctas.value;
     const int32_t rest = p.num_ctas.quotient(heads * b);
@@ -149,8 +167,9 @@ class StepPlanner {
   FI_HOST_DEVICE void cut_spans() {
     const int32_t num_cuts = p.num_ctas.value + 1;
     if constexpr (kMode.has_nodes) nodes().clear_cuts();
+    const WholePieces pieces = find_pieces();
     FI_ROLLED for (int32_t c = block_.thread(); c < num_cuts; c += block_.num_threads()) {
-      s.cuts[c] = find_cut(c, &s.cut_tile_rows[c]);
+      s.cuts[c] = find_cut(c, pieces, &s.cut_tile_rows[c]);
     }
     block_.sync();
     SpanSums sums;
@@ -263,7 +282,7 @@ class StepPlanner {
     for (int32_t c = block_.thread(); c <= p.num_ctas.value; c += block_.num_threads()) {
       if (!owns(block_, c)) continue;
       int32_t num_rows;
-      const Cut cut = find_cut(c, &num_rows);
+      const Cut cut = find_cut(c, {}, &num_rows);
       out_.cta_ptr[c] = num_items_;
       if (cut.tile >= p.num_kv_heads.value * totals_.num_tiles) continue;
       const Place at = place_of(cut.tile);

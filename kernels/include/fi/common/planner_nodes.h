@@ -3,6 +3,7 @@
 #pragma once
 
 #include "fi/common/planner_tables.h"
+#include "fi/plan/whole_pieces.h"
 
 namespace fi::planner {
 
@@ -23,6 +24,29 @@ class NodePasses {
 
   FI_HOST_DEVICE int32_t num_partial_rows() const {
     return of_heads(totals_.num_gathered + totals_.member_tokens);
+  }
+
+  // share: floor(one head's cost / CTAs).
+  FI_HOST_DEVICE WholePieces find_pieces(Cost share) const {
+    if (totals_.num_nodes != 1) return {};
+    const NodePlace<Cost> node = s.nodes[0];
+    const int32_t heads = p.num_kv_heads.value, c = class_of(node.num_tokens);
+    const Cost c_fixed = tiles_.fixed_cost(c, true);
+    const NodeTiles tiles = {num_tiles(), tiles_.num_steps(node.tile_cost, c_fixed, c),
+                             static_cast<int64_t>(node.tile_cost)};
+    const auto request_cost = static_cast<int64_t>(totals_.cost - totals_.node_cost) * heads;
+    return find_whole_pieces(tiles, request_cost, static_cast<int64_t>(share) * heads,
+                             p.num_ctas.value, p.tiling.classes[0].c_fixed);
+  }
+
+  // Where span c begins, one of a node's pieces.
+  FI_HOST_DEVICE Cut begin_of_piece(int32_t c, const WholePieces& pieces, int32_t* num_rows) const {
+    const Quotient32 tile = small_quotient(c, 1, 0, pieces.per_tile);
+    const NodePlace<Cost> node = s.nodes[0];
+    const Quotient32 head = small_quotient(tile.quotient, 1, 0, node.num_tiles);
+    const int32_t index = node.num_tiles - 1 - static_cast<int32_t>(head.remainder);
+    *num_rows = rows_of_tile(node.num_tokens, class_of(node.num_tokens), index, 1);
+    return {tile.quotient, pieces.steps_before(static_cast<int32_t>(tile.remainder)), 0, 0};
   }
 
   // The end of StepPlanner::find_cut(). All tiles of a node cost the same.
@@ -65,8 +89,7 @@ class NodePasses {
       tile_cost = table[first + tile + 1] - table[first + tile];
     }
     const int32_t c = class_of(num_tokens), index = count - 1 - tile;
-    *num_rows =
-        2 * (tiles_.row_end(num_tokens, c, index) - index * tiles_.tile_class(c).rows) + is_member;
+    *num_rows = rows_of_tile(num_tokens, c, index, is_member);
     const int32_t before =
         p.num_kv_heads.value * first + head * count + (is_node ? 0 : num_tiles());
     const Cost c_fixed = tiles_.fixed_cost(c, is_node);
@@ -205,6 +228,13 @@ class NodePasses {
 
   FI_HOST_DEVICE int32_t class_of(int32_t num_tokens) const {
     return tiles_.class_of(tiles_.packed_rows(num_tokens));
+  }
+
+  // As Scratch::cut_tile_rows has them.
+  FI_HOST_DEVICE int32_t rows_of_tile(int32_t num_tokens, int32_t c, int32_t index,
+                                      int32_t is_member) const {
+    return 2 * (tiles_.row_end(num_tokens, c, index) - index * tiles_.tile_class(c).rows) +
+           is_member;
   }
 
   // Of a node tile, by its place in the linear order.

@@ -4,13 +4,6 @@
 
 #include "fi/common/planner_params.h"
 
-// Loops of few rounds: unrolled, they would only fill the instruction cache.
-#if defined(__CUDACC__)
-#define FI_ROLLED _Pragma("unroll 1")
-#else
-#define FI_ROLLED
-#endif
-
 namespace fi::planner {
 
 FI_HOST_DEVICE inline int32_t count_bits(uint32_t word) {

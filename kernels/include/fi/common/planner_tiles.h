@@ -162,15 +162,15 @@ class TileRules {
     return static_cast<Cost>(tc.c_fixed + (is_node ? node_fixed(tc.rows) : 0));
   }
 
+  // Of a tile that costs as much.
+  FI_HOST_DEVICE int32_t num_steps(Cost tile_cost, Cost c_fixed, int32_t c) const {
+    return over_c_tile(tile_cost - c_fixed, c);
+  }
+
   // RowTile::steps_within().
   FI_HOST_DEVICE int32_t steps_within(Cost budget, Cost tile_cost, Cost c_fixed, int32_t c) const {
     const Cost plus = budget + static_cast<Cost>(tile_class(c).c_tile) / 2, minus = c_fixed / 2;
-    if (plus <= minus || tile_cost == c_fixed) return 0;
-    if constexpr (kMode.is_narrow) {
-      return c_tile(c).quotient(static_cast<int32_t>(plus - minus));
-    } else {
-      return static_cast<int32_t>(p.wide.c_tile[c].divide(plus - minus).quotient);
-    }
+    return plus <= minus || tile_cost == c_fixed ? 0 : over_c_tile(plus - minus, c);
   }
 
   // Whether a cut after `step` steps of a tile moves to its end.
@@ -201,8 +201,13 @@ class TileRules {
  private:
   FI_HOST_DEVICE static constexpr bool is_only() { return kMode.num_classes == 1; }
 
-  FI_HOST_DEVICE Divisor c_tile(int32_t c) const {
-    return is_only() ? p.c_tile[0] : classes_[c].c_tile;
+  FI_HOST_DEVICE int32_t over_c_tile(Cost cost, int32_t c) const {
+    if constexpr (kMode.is_narrow) {
+      const Divisor c_tile = is_only() ? p.c_tile[0] : classes_[c].c_tile;
+      return c_tile.quotient(static_cast<int32_t>(cost));
+    } else {
+      return static_cast<int32_t>(p.wide.c_tile[c].divide(cost).quotient);
+    }
   }
 
   // Rows before row_end see KV up to here together.

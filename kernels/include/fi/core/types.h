@@ -21,6 +21,13 @@ using uint64_t = unsigned long long;
 #define FI_HOST_DEVICE
 #endif
 
+// Loops of few rounds: unrolled, they would only fill the instruction cache.
+#if defined(__CUDACC__)
+#define FI_ROLLED _Pragma("unroll 1")
+#else
+#define FI_ROLLED
+#endif
+
 namespace fi {
 
 // Values are shared with fi_backend/formats.py (DTYPE_CODES).
