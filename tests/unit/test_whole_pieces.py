@@ -118,7 +118,7 @@ def test_pieces_of_a_tile(
         case_of([1024], own_lengths(128, 16, 512)),  # one or two pieces: neither is near a span
         case_of([64], own_lengths(64, 2000, 4000)),  # shorter than a span
         case_of([4096], own_lengths(64, 128, 512), num_ctas=8),  # fewer CTAs than row tiles
-        case_of([65536], own_lengths(64, 100_000, 120_000), num_ctas=40, max_kv_len=1 << 20),
+        case_of([1 << 20], [3688] * 16, num_ctas=200, max_kv_len=1 << 21),  # long spans
     ],
     ids=lambda case: case.name[:40],
 )

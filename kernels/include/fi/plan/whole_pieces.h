@@ -45,15 +45,15 @@ FI_HOST_DEVICE inline WholePieces find_whole_pieces(const NodeTiles& node, int64
   constexpr int32_t kMaxSteps = 1 << 16, kMaxSpan = 1 << 15;  // quotients below 2^16
   if (span >= kMaxSpan || span >= node.cost || request_cost < 1) return {};
   if (node.num_steps < 1 || node.num_steps >= kMaxSteps) return {};
-  const auto own = static_cast<int32_t>(span), all = static_cast<int32_t>(request_cost);
-  const int32_t longest = own + min_i32(own / 8, c_fixed);
-  int32_t steps = small_quotient(own, node.num_steps, 0, static_cast<int32_t>(node.cost)).quotient;
+  const auto mean = static_cast<int32_t>(span), requests = static_cast<int32_t>(request_cost);
+  const int32_t longest = mean + min_i32(mean / 8, c_fixed);
+  int32_t steps = small_quotient(mean, node.num_steps, 0, static_cast<int32_t>(node.cost)).quotient;
   FI_ROLLED for (int32_t end = steps + 2; steps < end; ++steps) {
     if (steps < 1) continue;
     const int32_t per_tile = small_quotient(node.num_steps, 1, steps - 1, steps).quotient;
     const int32_t left = num_ctas - per_tile * node.count;
     if (left < 1) continue;
-    const int32_t request_span = small_quotient(all, 1, left - 1, left).quotient;
+    const int32_t request_span = small_quotient(requests, 1, left - 1, left).quotient;
     if (request_span > longest) continue;
     const Quotient32 each = small_quotient(node.num_steps, 1, 0, per_tile);
     return {per_tile, each.quotient, static_cast<int32_t>(each.remainder), num_ctas - left,

@@ -155,8 +155,9 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
 // other items late, and with them all who wait for their states: in kernels of boxes, which have
 // memory to spare, even spans of short items have room.
 constexpr int kMostPending = 5, kMostPendingInBoxes = 12;
-template <int kMost>
+template <int kRoom>
 struct PendingUnits {
+  static constexpr int kMost = kRoom;
   ArrivingUnit units[kMost];
   int count;  // here and not in a register, of which main loops have none to spare
 
@@ -374,8 +375,7 @@ __device__ void run_items(const KernelParams& p) {
       if (item.partial_row >= 0) arrive_and_merge_one<S, V, Classes>(p, item, is_done);
     } else {
       const int count = is_of_node ? item.num_rows : pending.count;
-      constexpr int kMost = sizeof(pending.units) / sizeof(pending.units[0]);
-      if (is_of_node || count == kMost || (is_last && count > 0)) {
+      if (is_of_node || count == pending.kMost || (is_last && count > 0)) {
         const auto unit = [&](int i) { return is_of_node ? places(smem, i) : pending.units[i]; };
         arrive_and_merge<S, V, Classes, kAreaAt>(p, unit, count, is_of_node, is_last,
                                                  current.has_nodes, smem);
