@@ -27,12 +27,17 @@ WORK_ITEM = _int32(
     " partial_row unit tile_class request q_len kv_len"
 )
 MERGE_UNIT = _int32("expected partial_row num_splits num_rows")
-PLANNED_REQUEST = _int32("unit_base num_tiles tile_class qo_begin q_len kv_len link_begin link_end")
+NODE_LINK = _int32("node row_offset tile_base tile_class")
+PLANNED_REQUEST = np.dtype(
+    [
+        *_int32("unit_base num_tiles tile_class qo_begin q_len kv_len link_begin link_end").descr,
+        ("first_link", NODE_LINK),
+    ]
+)
 PLANNED_NODE = _int32(
     "tile_base num_tiles tile_class gather_begin num_tokens table_row kv_begin kv_end"
 )
 NODE_TILE = _int32("partial_row num_splits num_rows reserved")
-NODE_LINK = _int32("node row_offset tile_base tile_class")
 GATHERED_TOKEN = _int32("token q_pos request local")
 
 # Records of kernels/include/fi/plan/forest.h.

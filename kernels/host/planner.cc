@@ -130,6 +130,7 @@ class PlanBuilder {
           ceil_div(request.q_len * tiling_.group.value, tiling_.classes[request.tile_class].rows);
       request.unit_base = unit_base;
       request.link_begin = request.link_end = 0;
+      request.first_link = {};
       unit_base += config_.num_kv_heads * request.num_tiles;
       token = end;
     }
@@ -216,7 +217,9 @@ class PlanBuilder {
       int32_t row_offset = 0;
       for (int32_t m = nodes.member_ptr[n]; m < nodes.member_ptr[n + 1]; ++m) {
         PlannedRequest& request = out_.requests[nodes.members[m]];
-        out_.links[request.link_end++] = {a, row_offset, node.tile_base, node.tile_class};
+        const NodeLink link = {a, row_offset, node.tile_base, node.tile_class};
+        if (request.link_end == request.link_begin) request.first_link = link;
+        out_.links[request.link_end++] = link;
         row_offset += request.q_len * tiling_.group.value;
       }
     }

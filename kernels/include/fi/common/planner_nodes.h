@@ -216,7 +216,7 @@ class NodePasses {
       const int32_t stride = 1 << log_links;
       FI_ROLLED for (int32_t l = slot & (stride - 1); l < shared.num_links; l += stride) {
         const int32_t lanes = 1 << (log_slots - log_links);
-        write_link(r, shared.link_begin + l, slot >> log_links, lanes, plan);
+        write_link(r, shared.link_begin, l, slot >> log_links, lanes, plan);
       }
     }
   }
@@ -247,16 +247,22 @@ class NodePasses {
     return {link.x, link.y};
   }
 
-  // The link, and every `stride`-th of its gathered tokens.
-  FI_HOST_DEVICE void write_link(int32_t r, int32_t l, int32_t first, int32_t stride,
-                                 const PlanView& plan) const {
-    const ForestLink link = link_at(l);
+  // Link number `l` of request r, and every `stride`-th of its gathered tokens.
+  FI_HOST_DEVICE void write_link(int32_t r, int32_t link_begin, int32_t l, int32_t first,
+                                 int32_t stride, const PlanView& plan) const {
+    const ForestLink link = link_at(link_begin + l);
     const int32_t begin = forest_view(p).nodes[link.node].token_begin + link.token_offset;
     if (first == 0) {
       const NodePlace<Cost> node = s.nodes[link.node];
-      store_16(const_cast<NodeLink*>(plan.links + l), link.node,
-               tiles_.packed_rows(link.token_offset), p.num_kv_heads.value * node.tile_begin,
-               class_of(node.num_tokens));
+      const int32_t row_offset = tiles_.packed_rows(link.token_offset);
+      const int32_t tile_base = p.num_kv_heads.value * node.tile_begin;
+      const int32_t c = class_of(node.num_tokens);
+      NodeLink* to = const_cast<NodeLink*>(plan.links + link_begin + l);
+      store_16(to, link.node, row_offset, tile_base, c);
+      if (l == 0) {
+        NodeLink* copy = &const_cast<PlannedRequest*>(plan.requests + r)->first_link;
+        store_16(copy, link.node, row_offset, tile_base, c);
+      }
     }
     const int32_t token = s.qo_begin[r], q_len = s.q_len[r], q_pos = s.kv_len[r] - q_len;
     GatheredToken* to = const_cast<GatheredToken*>(plan.gathered + begin);

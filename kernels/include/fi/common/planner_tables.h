@@ -473,6 +473,7 @@ class StepTables {
       const ForestRequest shared = shared_of(r0 + i);
       store_16(to + 4, requests.q_len[i], requests.kv_len[i], shared.link_begin,
                shared.link_begin + shared.num_links);
+      if (shared.num_links < 1) store_16(to + 8, 0, 0, 0, 0);  // or as write_members() links it
     }
   }
 

@@ -51,6 +51,14 @@ struct MergeUnit {
   int32_t num_rows;     // packed rows of the tile
 };
 
+// Membership of a request in a node, with what a merge needs to know of the node.
+struct alignas(16) NodeLink {
+  int32_t node;
+  int32_t row_offset;  // packed row, within the node, of the request's packed row 0
+  int32_t tile_base;   // PlannedNode's
+  int32_t tile_class;  //
+};
+
 struct PlannedRequest {
   int32_t unit_base;
   int32_t num_tiles;
@@ -58,8 +66,9 @@ struct PlannedRequest {
   int32_t qo_begin;
   int32_t q_len;
   int32_t kv_len;
-  int32_t link_begin;  // nodes that this request is a member of: links[link_begin, link_end),
-  int32_t link_end;    //   ascending by (level, KV start)
+  int32_t link_begin;   // nodes that this request is a member of: links[link_begin, link_end),
+  int32_t link_end;     //   ascending by (level, KV start)
+  NodeLink first_link;  // links[link_begin], so that a merge need not wait for it; or zeros
 };
 
 // A shared prefix: one row block whose query tokens are gathered from all members.
@@ -80,14 +89,6 @@ struct NodeTile {
   int32_t num_splits;  // split s starts at partial_row + s * num_rows
   int32_t num_rows;
   int32_t reserved;
-};
-
-// Membership of a request in a node, with what a merge needs to know of the node.
-struct alignas(16) NodeLink {
-  int32_t node;
-  int32_t row_offset;  // packed row, within the node, of the request's packed row 0
-  int32_t tile_base;   // PlannedNode's
-  int32_t tile_class;  //
 };
 
 // A query token of a node's row block.

@@ -71,8 +71,7 @@ __device__ inline void add_states(const KernelParams& p, States states, int lane
 struct alignas(16) MergeJob {
   MergeUnit unit;
   PlannedRequest request;
-  NodeLink link;        // the request's first one, if any
-  NodeTile node_tile;   // of the unit's first row in that node
+  NodeTile node_tile;   // of the unit's first row in the request's first node, if any
   int node_tile_index;  // that tile
   int request_index;
   int kv_head;
@@ -93,7 +92,7 @@ __device__ inline void look_up(const KernelParams& p, int unit, int request, Mer
   job.kv_head = kv_head;
   job.first_row = tile << Classes::log_rows(r.tile_class);
   if (S::kDecodes || r.link_begin == r.link_end) return;
-  const NodeLink link = job.link = plan.links[r.link_begin];
+  const NodeLink link = r.first_link;
   const int num_kv_heads = p.num_qo_heads / S::kGroupSize;
   job.node_tile_index = (link.row_offset + job.first_row) >> Classes::log_rows(link.tile_class);
   job.node_tile =
@@ -106,7 +105,7 @@ __device__ inline States states_in_node(const KernelParams& p, const MergeJob& j
                                         int row) {
   const bool is_first = number == job.request.link_begin;
   const PlanView plan = plan_of(p);
-  const NodeLink link = is_first ? job.link : plan.links[number];
+  const NodeLink link = is_first ? job.request.first_link : plan.links[number];
   const int log_rows = Classes::log_rows(link.tile_class);
   const int node_row = link.row_offset + job.first_row + row, tile = node_row >> log_rows;
   const int num_kv_heads = p.num_qo_heads / S::kGroupSize;
