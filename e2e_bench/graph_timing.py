@@ -1,12 +1,14 @@
 """Times on the GPU: CUDA graphs of many calls, replayed in turns.
 
 A graph has no host work between its launches, which is how a serving engine runs attention. All
-implementations take turns, so that a slow phase or a hot chip hits them alike.
+implementations take turns, so that a slow phase or a hot chip hits them alike. Before, they run for
+a while that is not timed: a GPU that waited for the host may have other clocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,7 @@ import torch
 HEAD_START_CYCLES = 2_000_000
 MIN_GRAPH_US = 3000.0  # so that the gap before the first launch of a graph does not count
 MAX_CALLS = 600
+WARM_UP_S = 0.3
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ def record(call: Callable[[int], None], layers: int, calls: int) -> Recorded:
 def time_in_turns(graphs: Mapping[str, Recorded], repeats: int) -> dict[str, list[float]]:
     """Return µs per call, ``repeats`` times for each graph."""
     times: dict[str, list[float]] = {name: [] for name in graphs}
+    _warm_up(graphs.values())
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(repeats):
         for name, recorded in graphs.items():
@@ -61,3 +65,12 @@ def time_in_turns(graphs: Mapping[str, Recorded], repeats: int) -> dict[str, lis
             torch.cuda.synchronize()
             times[name].append(begin.elapsed_time(end) * 1e3 / recorded.calls)
     return times
+
+
+def _warm_up(recorded: Iterable[Recorded]) -> None:
+    graphs = [one.graph for one in recorded]
+    begin = time.perf_counter()
+    while graphs and time.perf_counter() - begin < WARM_UP_S:
+        for graph in graphs:
+            graph.replay()
+        torch.cuda.synchronize()

@@ -48,7 +48,7 @@ class Options:
     @property
     def repeats(self) -> int:
         """Timed replays of each graph."""
-        return 3 if self.quick else 10
+        return 3 if self.quick else 20
 
 
 def chosen_workloads(only: Sequence[str]) -> list[Workload]:

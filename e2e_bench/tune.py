@@ -2,8 +2,9 @@
 
 A table is text, entries by comma, each in place of the class of as many rows:
 ROWSxKV_TILExSTAGES:FIXED/COST, such as "16x64x3:290/150,128x64x2:600/320"; "own" is the table as it
-is. @TOKENS at the end of an entry: cuts are at multiples of as many, of which each costs COST. All
-tables of a run take turns on each workload.
+is. @TOKENS at the end of an entry: cuts are at multiples of as many, of which each costs COST. An
+entry NAME=VALUE defines a macro for our kernel, so that one tree holds both sides of an experiment.
+All tables of a run take turns on each workload.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -23,9 +24,11 @@ from e2e_bench.gpu_data import Data, make_pool
 from e2e_bench.impls import Ours
 from e2e_bench.run_log import RunLog
 from fi_backend import _core, class_plans
+from fi_backend.jit.attention_kernels import AttentionSpec
 
 OWN = "own"
 _ENTRY = re.compile(r"(\d+)x(\d+)x(\d+):(\d+)/(\d+)(?:@(\d+))?")
+_MACRO = re.compile(r"([A-Z][A-Z_0-9]*)=(-?\d+)")
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,13 @@ class Change:
         text: that named them.
         classes: of each number of rows: class and stages.
         steps: of each number of rows: its class as plans cut it.
+        macros: names and values.
     """
 
     text: str
     classes: dict[int, tuple[_core.TileClass, int]]
     steps: dict[int, _core.TileClass]
+    macros: tuple[tuple[str, int], ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Change:
@@ -59,15 +64,19 @@ class Change:
         Raises:
             ValueError: it is not of the form above.
         """
-        classes, steps = {}, {}
+        classes, steps, macros = {}, {}, []
         for entry in [] if text == OWN else text.split(","):
+            if macro := _MACRO.fullmatch(entry):
+                macros.append((macro[1], int(macro[2])))
+                continue
             match = _ENTRY.fullmatch(entry)
             if match is None:
-                raise ValueError(f"expected ROWSxKV_TILExSTAGES:FIXED/COST, got {entry!r}")
+                rule = "ROWSxKV_TILExSTAGES:FIXED/COST or NAME=VALUE"
+                raise ValueError(f"expected {rule}, got {entry!r}")
             rows, kv_tile, stages, fixed, cost = map(int, match.groups()[:5])
             classes[rows] = (_core.TileClass(rows, kv_tile, fixed, cost), stages)
             steps[rows] = _core.TileClass(rows, int(match[6] or kv_tile), fixed, cost)
-        return cls(text, classes, steps)
+        return cls(text, classes, steps, tuple(macros))
 
     def of(self, table: Any) -> Table:
         """Return the table changed."""
@@ -82,17 +91,23 @@ class Change:
     def applied(self) -> Iterator[None]:
         """Planners that are built meanwhile are of the changed table."""
         own, own_classes = _core.sm80_tiles, class_plans._tile_classes
+        own_spec = class_plans.attention_spec
 
         def planned(*args: Any, **kwargs: Any) -> list[_core.TileClass]:
             return [self.steps.get(one.rows, one) for one in own_classes(*args, **kwargs)]
 
+        def specified(*args: Any, **kwargs: Any) -> AttentionSpec:
+            return replace(own_spec(*args, **kwargs), macros=self.macros)
+
         _core.sm80_tiles = lambda *shape: self.of(own(*shape))  # type: ignore[assignment]
         class_plans._tile_classes = planned
+        class_plans.attention_spec = specified
         try:
             yield
         finally:
             _core.sm80_tiles = own  # type: ignore[assignment]
             class_plans._tile_classes = own_classes
+            class_plans.attention_spec = own_spec
 
 
 def run(texts: Sequence[str], only: Sequence[str], levels: int | None, quick: bool) -> int:

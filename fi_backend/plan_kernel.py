@@ -64,9 +64,8 @@ class PlanKernel:
         self._forest_bytes = config.forest_bytes
         self._threads, _ = _shape(self._params, layout)
         ctas = -(-layout.max_items // _ITEMS_PER_CTA)
-        info = _core.device_info(self._kernel.device)
-        self._grid = _power_of_two(min(ctas, info.num_sms))
-        self._can_overlap = self._params.has_nodes and info.overlaps_grids
+        num_sms = _core.device_info(self._kernel.device).num_sms
+        self._grid = _power_of_two(min(ctas, num_sms))
         self._scratch: Tensor | None = None
         num_bytes = scratch_bytes(config, layout)
         if num_bytes > 0:
@@ -162,7 +161,7 @@ class PlanKernel:
         params.forest = 0 if forest is None else forest.data_ptr()
         params.plan = plan.data_ptr()
         params.status = 0 if status is None else status.data_ptr()
-        overlaps = follows_forest and self._can_overlap
+        overlaps = follows_forest and params.has_nodes
         _core.launch_plan(self._kernel, params, self._grid, self._threads, stream, overlaps)
 
 

@@ -144,6 +144,7 @@ int cuLaunchKernelEx(const fi::launch::LaunchConfig* config, void* function, voi
   if (extra || !params[0] || config->num_attributes != 1) return kInvalidValue;
   const auto [grid_x, grid_y, grid_z, block_x, block_y, block_z, shared, stream, attributes, _] =
       *config;
+  launched = *static_cast<const fi::KernelParams*>(params[0]);
   const int error = call("cuLaunchKernelEx", function, grid_x, grid_y, grid_z, block_x, block_y,
                          block_z, shared, stream, attributes[0].id, attributes[0].allowed);
   return in_context(handle(value(function) - 0x20000), error);

@@ -43,6 +43,8 @@ class AttentionSpec:
             not plain or tensors not aligned.
         decodes: steps have no shared prefixes and one query token per request, so that code for
             both is left out. Longer requests are computed too, more slowly.
+        macros: names and values defined ahead of the headers, by which experiments tell what to
+            compile (e2e_bench/tune.py).
     """
 
     head_dim_qk: int
@@ -58,6 +60,7 @@ class AttentionSpec:
     aligned: bool
     boxes: bool
     decodes: bool
+    macros: tuple[tuple[str, int], ...] = ()
 
 
 def attention_spec(
@@ -157,9 +160,11 @@ def attention_kernel(spec: AttentionSpec) -> DeviceKernel:
         spec.boxes,
     )
     structs = device_structs(functions)
+    macros = "".join(f"#define {name} {value}\n" for name, value in spec.macros)
 
     def unit(function: str, tiles: Sequence[tuple[int, int, int]]) -> str:
-        texts = ('#include "fi/sm80/kernel.h"\n', structs, _entry(spec, function, tiles))
+        headers = '#include "fi/sm80/kernel.h"\n'
+        texts = (macros, headers, structs, _entry(spec, function, tiles))
         return "\n".join(filter(None, texts))
 
     parts = None

@@ -69,7 +69,6 @@ void bind_kernel(py::module_& m) {
       .def_readonly("num_sms", &DeviceInfo::num_sms)
       .def_readonly("max_shared_bytes", &DeviceInfo::max_shared_bytes)
       .def_readonly("max_shared_bytes_per_sm", &DeviceInfo::max_shared_bytes_per_sm)
-      .def_readonly("overlaps_grids", &DeviceInfo::overlaps_grids)
       .def_readonly("copies_boxes", &DeviceInfo::copies_boxes);
   // Starting the driver and loading code take milliseconds: other threads run meanwhile.
   m.def("device_info", &launch::device_info, py::arg("device"),
@@ -230,7 +229,7 @@ void bind_call_tensors(py::module_& m) {
 
 void launch_attention(const Kernel& kernel, const KernelParams& params, int32_t grid,
                       int32_t threads, std::uintptr_t stream) {
-  kernel.launch(&params, grid, 1, threads, stream);
+  kernel.launch(&params, grid, 1, threads, stream, launch::Overlap::kWithPrevious);
 }
 
 }  // namespace

@@ -87,6 +87,15 @@ void set_attribute(const Driver& driver, Handle function, FunctionAttribute attr
   if (error) fail(driver, error, entry, rule, "use smaller tiles or fewer stages");
 }
 
+bool can_overlap(const Driver& driver, int32_t index) {
+  int major = 0, version = 0;
+  const Device device = find_device(driver, index);
+  const bool is_known =
+      !driver.driver_get_version(&version) &&
+      !driver.device_get_attribute(&major, DeviceAttribute::kComputeCapabilityMajor, device);
+  return is_known && major >= kOverlapMajor && version >= kOverlapDriver;
+}
+
 }  // namespace
 
 DeviceInfo device_info(int32_t index) {
@@ -105,8 +114,6 @@ DeviceInfo device_info(int32_t index) {
   };
   char name[256] = {};
   check(d.device_get_name(name, sizeof(name), device));
-  int version = 0;
-  check(d.driver_get_version(&version));
   const int32_t major = attribute(DeviceAttribute::kComputeCapabilityMajor);
   return {name,
           major,
@@ -114,7 +121,6 @@ DeviceInfo device_info(int32_t index) {
           attribute(DeviceAttribute::kMultiprocessorCount),
           attribute(DeviceAttribute::kMaxSharedMemoryPerBlockOptin),
           attribute(DeviceAttribute::kMaxSharedMemoryPerMultiprocessor),
-          major >= kOverlapMajor && version >= kOverlapDriver,
           major >= kFirstBoxesMajor && major <= kLastBoxesMajor && d.tensor_map_encode != nullptr};
 }
 
@@ -128,6 +134,7 @@ Kernel::Kernel(const void* image, std::size_t image_bytes, const std::string& en
                       " bytes; clear the kernel cache and compile again");
   }
   const Driver& d = driver();
+  can_overlap_ = can_overlap(d, device);
   context_ = retain_primary_context(d, device);
   const ContextScope scope(d, context_.get());
   module_ = load_module(d, context_, image, entry);
@@ -155,7 +162,7 @@ void Kernel::launch(const void* params, int32_t grid_x, int32_t grid_y, int32_t 
   const ContextScope scope(d, context_.get());
   void* arguments[] = {const_cast<void*>(params)};
   Result error = 0;
-  if (overlap == Overlap::kWithPrevious) {
+  if (overlap == Overlap::kWithPrevious && can_overlap_) {
     LaunchAttribute serialization{};
     serialization.id = LaunchAttribute::kProgrammaticStreamSerialization;
     serialization.allowed = 1;

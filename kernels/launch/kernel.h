@@ -20,7 +20,6 @@ struct DeviceInfo {
   int32_t num_sms;                  //
   int32_t max_shared_bytes;         // of one CTA, opt-in
   int32_t max_shared_bytes_per_sm;  //
-  bool overlaps_grids;              // Overlap::kWithPrevious is known
   bool copies_boxes;                // of tensor maps (tensor_map.h)
 };
 
@@ -29,7 +28,8 @@ DeviceInfo device_info(int32_t device);
 enum class Overlap {
   kNone,
   // The grid may start when the CTAs of the grid before it have come to ptx::start_next_grid() or
-  // ended; it has to call ptx::wait_for_previous_grid() itself.
+  // ended; it has to call ptx::wait_for_previous_grid() itself. Where device or driver do not know
+  // that, as kNone.
   kWithPrevious,
 };
 
@@ -58,6 +58,7 @@ class Kernel {
   std::string entry_;
   int32_t device_;
   int32_t shared_bytes_;
+  bool can_overlap_;
 };
 
 }  // namespace fi::launch

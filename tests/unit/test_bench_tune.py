@@ -9,6 +9,7 @@ from e2e_bench import graph_timing, kernels, tune
 from e2e_bench.graph_timing import Recorded
 from e2e_bench.workloads import Workload
 from fi_backend import Capacity, HeadShape, LayerClass, _core, class_plans
+from fi_backend.jit.attention_kernels import attention_kernel
 
 SHAPE = (128, 128, 2, 4, 32, 64, 233472)
 
@@ -39,9 +40,22 @@ def test_plans_may_be_cut_finer_than_tiles() -> None:
     assert fields(plan.config.classes) == [(8, 32, 290, 95)]
 
 
-@pytest.mark.parametrize("text", ["16x64:290/190", "16x64x2", "own,16x64x2:1/1", ""])
+def test_macros_are_defined_ahead_of_the_headers() -> None:
+    layer = LayerClass(HeadShape(32, 8, 128), torch.bfloat16)
+    place = (layer, Capacity(4, 4, 1024, max_q_len=1), torch.device("cuda"))
+    kernels = []
+    for text in ("FI_TRIED=1,FI_OTHER=-2", "own"):
+        with tune.Change.parse(text).applied():
+            plan = class_plans.plan_class(*place, num_ctas=None, invariant_chunk=0)
+        assert plan.spec is not None
+        kernels.append(attention_kernel(plan.spec))
+    changed, own = (kernel.source for kernel in kernels)
+    assert changed == "#define FI_TRIED 1\n#define FI_OTHER -2\n\n" + own
+
+
+@pytest.mark.parametrize("text", ["16x64:290/190", "16x64x2", "own,16x64x2:1/1", "A=b", ""])
 def test_other_texts_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="expected ROWSxKV_TILExSTAGES:FIXED/COST, got"):
+    with pytest.raises(ValueError, match="expected ROWSxKV_TILExSTAGES:FIXED/COST or NAME=VALUE, "):
         tune.Change.parse(text)
 
 

@@ -44,11 +44,9 @@ def test_a_device_is_described(fake_folder: Path) -> None:
     script = """
     info = _core.device_info(1)
     print(info.name, info.major, info.minor, info.num_sms, info.max_shared_bytes,
-          info.max_shared_bytes_per_sm, info.overlaps_grids, info.copies_boxes)
-    fake.fake_version(12020)
-    print(_core.device_info(1).overlaps_grids)
+          info.max_shared_bytes_per_sm, info.copies_boxes)
     """
-    assert run(fake_folder, script) == "Some GPU 9 0 132 232448 233472 True True\nFalse"
+    assert run(fake_folder, script) == "Some GPU 9 0 132 232448 233472 True"
 
 
 def test_the_driver_starts_once_and_again_after_a_failure(fake_folder: Path) -> None:
@@ -90,6 +88,7 @@ def test_loading_a_kernel(fake_folder: Path, shared: int, attributes: list[str])
     """
     assert run(fake_folder, script).splitlines() == [
         "cuInit",
+        "cuDeviceGetAttribute 4b",  # compute capability
         "cuDevicePrimaryCtxRetain 1",
         "cuCtxPushCurrent 0x10001",
         "cuModuleLoadData",
@@ -115,7 +114,8 @@ def test_a_kernel_tells_its_resources(fake_folder: Path) -> None:
 
 
 # What the thread has current -> calls of a launch on device 1.
-LAUNCH = "cuLaunchKernel 0x30001 84 1 1 80 1 1 186a0 0xabcd"
+# Attribute 6 of cuda.h is CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION.
+LAUNCH = "cuLaunchKernelEx 0x30001 84 1 1 80 1 1 186a0 0xabcd 6 1"
 LAUNCHES = {
     "nothing": (0, ["cuCtxPushCurrent 0x10001", LAUNCH, "cuCtxPopCurrent 0x10001"]),
     "another-device": (0x10000, ["cuCtxPushCurrent 0x10001", LAUNCH, "cuCtxPopCurrent 0x10001"]),
@@ -138,7 +138,6 @@ print(error(_core.launch_plan, kernel, params, 4, 128, 0, True))
 
 
 def test_a_planner_may_overlap_the_grid_before_it(fake_folder: Path) -> None:
-    # Attribute 6 of cuda.h is CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION.
     launch, overlapping, failure = run(fake_folder, OVERLAPS).splitlines()
     assert launch == "cuLaunchKernel 0x30000 4 1 1 80 1 1 186a0 0xabcd"
     assert overlapping == "cuLaunchKernelEx 0x30000 4 1 1 80 1 1 186a0 0xabcd 6 1"
@@ -155,11 +154,21 @@ def test_a_launch_leaves_the_thread_as_it_was(
     _core.launch_attention(kernel, _core.KernelParams(), 132, 128, 0xabcd)
     assert fake.fake_current() == {current}
     print(*calls(), sep="\\n")
-    fake.fake_fail(b"cuLaunchKernel", 700)
+    fake.fake_fail(b"cuLaunchKernelEx", 700)
     assert error(_core.launch_attention, kernel, _core.KernelParams(), 132, 128, 0xabcd)
     assert fake.fake_current() == {current}
     """
     assert run(fake_folder, script).splitlines() == expected
+
+
+def test_an_older_driver_is_not_asked_to_overlap_grids(fake_folder: Path) -> None:
+    script = """
+    fake.fake_version(12020)
+    kernel = load()
+    _core.launch_attention(kernel, _core.KernelParams(), 132, 128, 0xabcd)
+    print(*(call for call in calls() if "Launch" in call))
+    """
+    assert run(fake_folder, script) == "cuLaunchKernel 0x30000 84 1 1 80 1 1 0 0xabcd"
 
 
 ERRORS = {
@@ -203,7 +212,7 @@ ERRORS = {
         ": as the test asked; do not reset the device while kernels are in use",
     ),
     "launch": (
-        'kernel := load(), fake.fake_fail(b"cuLaunchKernel", 700), '
+        'kernel := load(), fake.fake_fail(b"cuLaunchKernelEx", 700), '
         "error(_core.launch_attention, kernel, _core.KernelParams(), 132, 128, 0)",
         "fi_attention: expected a launch of 132 x 1 CTAs of 128 threads, got CUDA_ERROR_OF_TEST: "
         "as the test asked; an error of an earlier kernel shows here too: "

@@ -228,7 +228,6 @@ class NoDevice:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library, self.device, self.num_sms = library, 0, 9
-        self.overlaps_grids = True
         self.overlaps: list[bool] = []
 
     def launch(
@@ -275,21 +274,19 @@ def test_enqueue_plans_the_forest_it_is_given(planner: PlanKernel) -> None:
     assert_same(case, plan_on_host(without_nodes(case)), plan_bytes(planner, empty))
 
 
-@pytest.mark.parametrize("can_overlap", [True, False])
 def test_a_planner_overlaps_the_kernel_that_finds_its_forest(
-    device: NoDevice, can_overlap: bool, monkeypatch: pytest.MonkeyPatch
+    device: NoDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_kernel, "load", lambda kernel, place: device)
     monkeypatch.setattr(_core, "device_info", lambda index: device)
     monkeypatch.setattr(_core, "launch_plan", device.launch)
-    device.overlaps_grids = can_overlap
     case, plan = example(), empty_plan(example().config().layout().total_bytes)
     assert case.forest is not None
     planner = PlanKernel(case.config(), case.config().layout(), torch.device("cpu"))
     call = (batch_of(case), torch.from_numpy(plan), None, 0, torch.from_numpy(case.forest))
     planner.enqueue(*call)
     planner.enqueue(*call, follows_forest=True)
-    assert device.overlaps == [False, can_overlap]
+    assert device.overlaps == [False, True]
     assert_same(case, plan_on_host(case), plan)
 
 

@@ -228,7 +228,6 @@ class NoDevice:
     library: ctypes.CDLL
     device: int = 0
     num_sms: int = 9
-    overlaps_grids: bool = True
 
     def launch(
         self, _: object, params: object, grid: int, threads: int, stream: int, overlaps: bool

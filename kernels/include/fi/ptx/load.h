@@ -5,6 +5,14 @@
 
 namespace fi::ptx {
 
+// A word of global memory, read here. What __ldg() reads may be read earlier: it is promised never
+// to change.
+__device__ inline int32_t load_word(const int32_t* at) {
+  int32_t x;
+  asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(at) : "memory");
+  return x;
+}
+
 // Element `index` of `count`, of 4 or 16 bytes in global memory and past L1. One that does not
 // exist is `otherwise`, or zeros, and costs no access.
 __device__ inline float load_4(const float* at, int index, int count, float otherwise) {

@@ -2,6 +2,7 @@
 // Serves Ampere to Blackwell; the correct baseline that every other kernel is measured against.
 #pragma once
 
+#include "fi/ptx/grid.h"
 #include "fi/sm80/boxes.h"
 #include "fi/sm80/merge.h"
 #include "fi/sm80/rotation.h"
@@ -325,16 +326,17 @@ __device__ void run_items(const KernelParams& p) {
     if (ptx::thread_index() == 0) {
       ptx::prefetch_map(p.k_boxes);
       ptx::prefetch_map(p.v_boxes);
+      landings().init();
     }
   }
+  ptx::wait_for_previous_grid();  // of which plan, queries and KV may be
   prefetch_item(plan_of(p).first_items + blockIdx.x, current);  // before it is known to exist
-  const int first = __ldg(plan_of(p).cta_ptr + blockIdx.x);
-  const int end = __ldg(plan_of(p).cta_ptr + blockIdx.x + 1);
-  const bool has_nodes = !S::kDecodes && __ldg(&plan_of(p).header->num_nodes) > 0;
+  const int first = ptx::load_word(plan_of(p).cta_ptr + blockIdx.x);
+  const int end = ptx::load_word(plan_of(p).cta_ptr + blockIdx.x + 1);
+  const bool has_nodes = !S::kDecodes && ptx::load_word(&plan_of(p).header->num_nodes) > 0;
   ptx::cp_async_wait_all();
   if (first == end) return;
   if (ptx::thread_index() == 0) {
-    if constexpr (kAnyInBoxes) landings().init();
     pending.count = 0;
     current.end = end;
     current.left = end - first;
@@ -370,6 +372,10 @@ __device__ void run_items(const KernelParams& p) {
      ...);
     if (kAnyInBoxes && !is_published && ptx::thread_index() == 0) landings().are_known = false;
     const bool is_last = current.left == 0;
+    // Merges are left: meanwhile the next grid comes as far as it can. Not sooner: its CTAs would
+    // take places in the order in which they come free, those of nodes side by side. Nor in steps
+    // of prompts, which are long.
+    if (is_last && (item.request < 0 || item.num_rows <= kMostBoxRows)) ptx::start_next_grid();
     const bool is_of_node = item.partial_row >= 0 && item.request < 0;
     if constexpr (kArrivesOne) {
       if (item.partial_row >= 0) arrive_and_merge_one<S, V, Classes>(p, item, is_done);
