@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,31 @@ def test_a_plan_inside_the_graph(device: str, name: str, count: int) -> None:
         )
         stress.tally()
     stress.check_last()
+
+
+@pytest.mark.parametrize("name", ["decode", "mixed", "shared"])
+def test_a_layer_reads_what_the_layer_before_wrote(device: str, name: str) -> None:
+    """Queries are the output of the layer before, whose grid still merges when the next begins."""
+    stress = Stress(LOADS[name], 30, 6, device)
+    outs = torch.empty(12, *stress.q.shape, dtype=BF16, device=device)
+
+    def model(rest: Callable[[], object] = lambda: None) -> None:
+        for q, out in pairwise([stress.q, *outs]):
+            fi.attention(stress.planner.slot(0), q, stress.kv, out=out)
+            rest()
+
+    stress.set_step(0)
+    stress.planner.plan(stress.batch)
+    replay = capture(model, stress.device)
+    for index in range(30):
+        stress.set_step(index)
+        stress.planner.plan(stress.batch)
+        results = []
+        for run in (lambda: model(torch.cuda.synchronize), replay):
+            outs.fill_(torch.nan)
+            run()
+            results.append(outs.view(torch.int16).cpu())  # bits: what is not written stays NaN
+        assert torch.equal(*results), f"step {index}"
 
 
 def test_padded_requests_are_no_work(device: str) -> None:
