@@ -146,6 +146,38 @@ def test_a_layer_reads_what_the_layer_before_wrote(device: str, name: str) -> No
         assert torch.equal(*results), f"step {index}"
 
 
+def test_a_captured_launch_follows_whatever_is_before_it(device: str) -> None:
+    """Overlap is of two kernels: a copy, a fill and another stream are waited for as a whole."""
+    stress, source = Stress(LOADS["shared"], 1, 7, device), torch.cuda.Stream(device)
+    given, q = stress.q.clone(), torch.full_like(stress.q, torch.nan)
+    outs = torch.empty(3, *q.shape, dtype=BF16, device=device)
+
+    def layer(q: Tensor, out: Tensor) -> None:
+        fi.attention(stress.planner.slot(0), q, stress.kv, out=out)
+
+    def model() -> None:
+        q.copy_(given)
+        layer(q, outs[0])
+        outs[1].zero_()
+        layer(q, outs[1])
+        q.fill_(torch.nan)
+        source.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(source):
+            q.copy_(given)
+        torch.cuda.current_stream().wait_stream(source)
+        layer(q, outs[2])
+
+    stress.set_step(0)
+    stress.planner.plan(stress.batch)
+    expected = torch.zeros_like(q)
+    layer(given, expected)
+    replay = capture(model, stress.device)
+    for _ in range(20):
+        outs.zero_()
+        replay()
+        assert all(torch.equal(out, expected) for out in outs)
+
+
 def test_padded_requests_are_no_work(device: str) -> None:
     """The items of a padded batch are those of its live requests."""
     items = []
