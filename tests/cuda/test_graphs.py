@@ -139,7 +139,7 @@ def test_a_layer_reads_what_the_layer_before_wrote(device: str, name: str) -> No
         stress.set_step(index)
         stress.planner.plan(stress.batch)
         results = []
-        for run in (lambda: model(torch.cuda.synchronize), replay):
+        for run in (lambda: model(lambda: torch.cuda.synchronize(device)), replay):
             outs.fill_(torch.nan)
             run()
             results.append(outs.view(torch.int16).cpu())  # bits: what is not written stays NaN
@@ -161,10 +161,10 @@ def test_a_captured_launch_follows_whatever_is_before_it(device: str) -> None:
         outs[1].zero_()
         layer(q, outs[1])
         q.fill_(torch.nan)
-        source.wait_stream(torch.cuda.current_stream())
+        source.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(source):
             q.copy_(given)
-        torch.cuda.current_stream().wait_stream(source)
+        torch.cuda.current_stream(device).wait_stream(source)
         layer(q, outs[2])
 
     stress.set_step(0)

@@ -105,6 +105,7 @@ def test_the_host_plans_the_example() -> None:
     assert [tuple(link)[:2] for link in links] == [(0, 0), (1, 0), (0, 4), (0, 8), (1, 4), (0, 16)]
     assert (links["tile_base"] == nodes["tile_base"][links["node"]]).all()
     assert (links["tile_class"] == nodes["tile_class"][links["node"]]).all()
+    assert (requests["first_link"] == links[requests["link_begin"]]).all()
     assert arrays["gathered"]["token"].tolist() == [0, 1, 2, 3, 4, 0, 2, 3]
     assert arrays["gathered"]["local"].tolist() == [0, 0, 0, 1, 0, 0, 0, 1]
     own = arrays["items"][arrays["items"]["request"] >= 0]

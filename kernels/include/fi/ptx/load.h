@@ -1,4 +1,5 @@
-// Loads that are under way together. PTX ISA 9.7.9.8 (ld), 9.7.13.4 (fence).
+// Loads whose place in a program matters: behind a wait, or under way together. PTX ISA 9.7.9.8
+// (ld), 9.7.13.4 (fence).
 #pragma once
 
 #include "fi/core/types.h"

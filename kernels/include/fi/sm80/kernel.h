@@ -372,9 +372,9 @@ __device__ void run_items(const KernelParams& p) {
      ...);
     if (kAnyInBoxes && !is_published && ptx::thread_index() == 0) landings().are_known = false;
     const bool is_last = current.left == 0;
-    // Merges are left: meanwhile the next grid comes as far as it can. Not sooner: its CTAs would
-    // take places in the order in which they come free, those of nodes side by side. Nor in steps
-    // of prompts, which are long.
+    // Merges are left: meanwhile the next grid comes as far as it can. Sooner is slower where there
+    // are nodes, perhaps for the places that its CTAs then find
+    // (docs/notes/2026-11-29-between-grids.md); steps of prompts are long, and have nothing to win.
     if (is_last && (item.request < 0 || item.num_rows <= kMostBoxRows)) ptx::start_next_grid();
     const bool is_of_node = item.partial_row >= 0 && item.request < 0;
     if constexpr (kArrivesOne) {
