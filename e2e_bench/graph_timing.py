@@ -2,13 +2,14 @@
 
 A graph has no host work between its launches, which is how a serving engine runs attention. All
 implementations take turns, so that a slow phase or a hot chip hits them alike. Before, they run for
-a while that is not timed: a GPU that waited for the host may have other clocks.
+a while that is not timed: a GPU that waited for the host, or reached the limit of its power, may
+have other clocks.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,8 @@ import torch
 HEAD_START_CYCLES = 2_000_000
 MIN_GRAPH_US = 3000.0  # so that the gap before the first launch of a graph does not count
 MAX_CALLS = 600
-WARM_UP_S = 0.3
+WARM_UP_S = 0.3  # clocks of an H200 have recovered from its power limit by then
+TURNS = 2
 
 
 @dataclass(frozen=True)
@@ -52,25 +54,45 @@ def record(call: Callable[[int], None], layers: int, calls: int) -> Recorded:
 
 
 def time_in_turns(graphs: Mapping[str, Recorded], repeats: int) -> dict[str, list[float]]:
-    """Return µs per call, ``repeats`` times for each graph."""
+    """Return µs per call, ``repeats`` times for each graph, one replay each in turn.
+
+    For graphs that draw like power: one that makes the GPU lower its clocks does so for all.
+    """
     times: dict[str, list[float]] = {name: [] for name in graphs}
     _warm_up(graphs.values())
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(repeats):
         for name, recorded in graphs.items():
-            torch.cuda._sleep(HEAD_START_CYCLES)
-            begin.record()
-            recorded.graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            times[name].append(begin.elapsed_time(end) * 1e3 / recorded.calls)
+            times[name].append(_time(recorded))
     return times
 
 
-def _warm_up(recorded: Iterable[Recorded]) -> None:
-    graphs = [one.graph for one in recorded]
+def time_apart(graphs: Mapping[str, Recorded], repeats: int) -> dict[str, list[float]]:
+    """Return the same at the clocks that each graph's own power leaves.
+
+    A graph is replayed alone until clocks have followed, and then for its times; all have two turns
+    of that, so that a slow phase or a hot chip hits them alike.
+    """
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for turn in range(TURNS):
+        for name, recorded in graphs.items():
+            _warm_up([recorded])
+            times[name] += [_time(recorded) for _ in range(turn, repeats, TURNS)]
+    return times
+
+
+def _time(recorded: Recorded) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(HEAD_START_CYCLES)
+    begin.record()
+    recorded.graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) * 1e3 / recorded.calls
+
+
+def _warm_up(recorded: Collection[Recorded]) -> None:
     begin = time.perf_counter()
-    while graphs and time.perf_counter() - begin < WARM_UP_S:
-        for graph in graphs:
-            graph.replay()
+    while recorded and time.perf_counter() - begin < WARM_UP_S:
+        for one in recorded:
+            one.graph.replay()
         torch.cuda.synchronize()

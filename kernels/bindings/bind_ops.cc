@@ -134,7 +134,8 @@ void launch_append(const Kernel& kernel, const AppendParams& params,
   require_sizes(params);
   AppendParams call = with_addresses(params, addresses);
   const int32_t grid = set_grid(call);
-  if (grid > 0) kernel.launch(&call, grid, 1, kAppendThreads, stream);
+  const auto overlap = launch::Overlap::kWithPrevious;
+  if (grid > 0) kernel.launch(&call, grid, 1, kAppendThreads, stream, overlap);
 }
 
 // o, lse, out_o, out_lse.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -119,63 +117,6 @@ def test_a_plan_inside_the_graph(device: str, name: str, count: int) -> None:
         )
         stress.tally()
     stress.check_last()
-
-
-@pytest.mark.parametrize("name", ["decode", "mixed", "shared"])
-def test_a_layer_reads_what_the_layer_before_wrote(device: str, name: str) -> None:
-    """Queries are the output of the layer before, whose grid still merges when the next begins."""
-    stress = Stress(LOADS[name], 30, 6, device)
-    outs = torch.empty(12, *stress.q.shape, dtype=BF16, device=device)
-
-    def model(rest: Callable[[], object] = lambda: None) -> None:
-        for q, out in pairwise([stress.q, *outs]):
-            fi.attention(stress.planner.slot(0), q, stress.kv, out=out)
-            rest()
-
-    stress.set_step(0)
-    stress.planner.plan(stress.batch)
-    replay = capture(model, stress.device)
-    for index in range(30):
-        stress.set_step(index)
-        stress.planner.plan(stress.batch)
-        results = []
-        for run in (lambda: model(lambda: torch.cuda.synchronize(device)), replay):
-            outs.fill_(torch.nan)
-            run()
-            results.append(outs.view(torch.int16).cpu())  # bits: what is not written stays NaN
-        assert torch.equal(*results), f"step {index}"
-
-
-def test_a_captured_launch_follows_whatever_is_before_it(device: str) -> None:
-    """Overlap is of two kernels: a copy, a fill and another stream are waited for as a whole."""
-    stress, source = Stress(LOADS["shared"], 1, 7, device), torch.cuda.Stream(device)
-    given, q = stress.q.clone(), torch.full_like(stress.q, torch.nan)
-    outs = torch.empty(3, *q.shape, dtype=BF16, device=device)
-
-    def layer(q: Tensor, out: Tensor) -> None:
-        fi.attention(stress.planner.slot(0), q, stress.kv, out=out)
-
-    def model() -> None:
-        q.copy_(given)
-        layer(q, outs[0])
-        outs[1].zero_()
-        layer(q, outs[1])
-        q.fill_(torch.nan)
-        source.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(source):
-            q.copy_(given)
-        torch.cuda.current_stream(device).wait_stream(source)
-        layer(q, outs[2])
-
-    stress.set_step(0)
-    stress.planner.plan(stress.batch)
-    expected = torch.zeros_like(q)
-    layer(given, expected)
-    replay = capture(model, stress.device)
-    for _ in range(20):
-        outs.zero_()
-        replay()
-        assert all(torch.equal(out, expected) for out in outs)
 
 
 def test_padded_requests_are_no_work(device: str) -> None:

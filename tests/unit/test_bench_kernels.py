@@ -121,7 +121,7 @@ def test_only_right_results_are_timed(
         return {name: [5.0 + i for i in range(repeats)] for name in graphs}
 
     monkeypatch.setattr(graph_timing, "record", record)
-    monkeypatch.setattr(graph_timing, "time_in_turns", in_turns)
+    monkeypatch.setattr(graph_timing, "time_apart", in_turns)
     monkeypatch.setattr("e2e_bench.gpu_data.num_layers", lambda _: 2)
     log = RunLog()
     rows = kernels.bench(MIXED, [Ours(), Wrong(), Broken(), Picky()], kernels.Runner(pool, 3, log))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -59,42 +57,6 @@ def test_macros_are_defined_ahead_of_the_headers() -> None:
 def test_other_texts_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected ROWSxKV_TILExSTAGES:FIXED/COST or NAME=VALUE, "):
         tune.Change.parse(text)
-
-
-class Replayed:
-    """Stands for a graph."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def replay(self) -> None:
-        self.count += 1
-
-
-def test_all_run_before_any_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 0.1, 0.2, 0.4])
-    monkeypatch.setattr(graph_timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    graphs = [Replayed(), Replayed()]
-    events: list[str] = []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-            assert [graph.count for graph in graphs] == [2, 2], "those of the warm-up"
-
-        def record(self) -> None:
-            events.append("record")
-
-        def elapsed_time(self, _: Event) -> float:
-            return 6.0
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda _: None)
-    recorded = {str(i): Recorded(graph, 3, lambda _: None) for i, graph in enumerate(graphs)}
-    assert graph_timing.time_in_turns(recorded, 2) == {"0": [2000.0] * 2, "1": [2000.0] * 2}
-    assert [graph.count for graph in graphs] == [4, 4]
-    assert len(events) == 2 * 2 * 2
 
 
 def test_tables_are_checked_and_take_turns(

@@ -275,13 +275,13 @@ constexpr int kLanesOfRow = (S::kHeadDimVo / 4 + kQuads - 1) / kQuads;
 // what follows the sums is then compiled once.
 struct RowShare {
   int quads, lanes, lane;  // lanes of a row
-  int row, rows_at_once;   // the thread's first row; how many the CTA takes at once
+  int row, rows_at_once;   // the thread's first row; how many are taken at once
 };
 
+// The share of thread `thread` of as many.
 template <class S, int kThreads, int kQuads>
-__device__ inline RowShare share_rows() {
+__device__ inline RowShare share_rows(int thread) {
   constexpr int kLanes = kLanesOfRow<S, kQuads>, kRowsAtOnce = kThreads / kLanes;
-  const int thread = static_cast<int>(ptx::thread_index());
   const bool is_spare = kThreads % kLanes != 0 && thread >= kRowsAtOnce * kLanes;
   return {kQuads, kLanes, thread % kLanes, is_spare ? 1 << 30 : thread / kLanes, kRowsAtOnce};
 }

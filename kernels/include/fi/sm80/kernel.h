@@ -160,13 +160,17 @@ template <int kRoom>
 struct PendingUnits {
   static constexpr int kMost = kRoom;
   ArrivingUnit units[kMost];
-  int count;  // here and not in a register, of which main loops have none to spare
+  int count;      // here and not in a register, of which main loops have none to spare
+  int most_rows;  // of those
+
+  __device__ void clear() { count = most_rows = 0; }
 
   // Lists an item's unit: by one thread, before the item's work, at whose end it is complete.
   __device__ void list(const PlanView& plan, const WorkItem& item) {
     ArrivingUnit& to = units[count++];
     to.unit = item.unit;
     to.request = item.request;
+    most_rows = max_int(most_rows, item.num_rows);
     ptx::cp_async_4(ptx::shared_address(&to.expected), &plan.units[item.unit].expected);
     ptx::cp_async_4(ptx::shared_address(&to.num_rows), &plan.units[item.unit].num_rows);
   }
@@ -175,15 +179,15 @@ struct PendingUnits {
 // Where a CTA has one state at a time to announce, of few rows: announces an item's partial state
 // to its merge unit, and merges that if no state of it is missing.
 template <class S, class V, class Classes>
-__device__ void arrive_and_merge_one(const KernelParams& p, const WorkItem& item, int& is_done) {
+__device__ void arrive_and_merge_one(const KernelParams& p, const WorkItem& item, int* is_done) {
   MergeJob job;
   look_up<S, Classes>(p, item.unit, item.request, job);
   __syncthreads();  // the state is written
   if (ptx::thread_index() == 0) {
-    is_done = ptx::arrive_last(p.arrivals + item.unit, job.unit.expected);
+    *is_done = ptx::arrive_last(p.arrivals + item.unit, job.unit.expected);
   }
   __syncthreads();
-  if (is_done) merge_unit<S, V, Classes>(p, job);
+  if (*is_done) merge_unit<S, V, Classes>(p, job);
 }
 
 // Of the threads of a warp whose units are complete, the first `most`; every CTA counts from
@@ -197,26 +201,35 @@ __device__ bool is_complete_and_mine(bool is_complete, int most) {
   return is_complete && __popc(before) < most;
 }
 
-// Where a step has no prefixes, announces the states of this few units without further ado, and
-// lists those of which no state is missing: a warp has a unit to announce, or to look up.
-constexpr int kFewUnits = 2;
+// Units that a CTA merges at the end of a step without prefixes, each by as many threads.
+template <class S, class Classes>
+struct FewUnits {
+  static constexpr int kMost = 2, kThreads = Classes::kThreads / kMost;
+  static constexpr int kQuads = kFewQuads<Classes>;
+  // More rows than two passes merge sooner where they are spread over all threads.
+  static constexpr int kMostRows = 2 * (kThreads / kLanesOfRow<S, kQuads>);
+};
 
-template <class S, class Classes, class Unit>
-__device__ void arrive_few(const KernelParams& p, const Unit& unit, int count,
-                           MergeArea<Classes>& area) {
-  static_assert(Classes::kThreads >= 64 * kFewUnits);
-  const int x = static_cast<int>(ptx::thread_index()), warp = x / 32, i = warp % kFewUnits;
-  if (x % 32 != 0) return;
-  const bool exists = i < count && warp < 2 * kFewUnits;
-  int num_rows = 0;
-  if (exists && warp >= kFewUnits) {
-    look_up<S, Classes>(p, unit(i).unit, unit(i).request, area.jobs[i]);
-  } else if (exists && ptx::arrive_last(p.arrivals + unit(i).unit, unit(i).expected)) {
-    num_rows = unit(i).num_rows;
+// Announces the states of few units and merges those of which no state is missing, without ado:
+// a unit's threads look it up themselves, into registers, so that the barrier behind which the
+// states are announced does not wait for that.
+template <class S, class V, class Classes, class Pending>
+__device__ void arrive_and_merge_few(const KernelParams& p, const Pending& pending, int* is_done) {
+  using Few = FewUnits<S, Classes>;
+  const int x = static_cast<int>(ptx::thread_index());
+  const int i = x / Few::kThreads, thread = x % Few::kThreads;
+  const bool exists = i < pending.count;
+  const ArrivingUnit& own = pending.units[i];
+  MergeJob job;
+  if (exists) look_up<S, Classes>(p, own.unit, own.request, job);
+  __syncthreads();  // the states are written, the pending units complete
+  if (exists && thread == 0) is_done[i] = ptx::arrive_last(p.arrivals + own.unit, own.expected);
+  __syncthreads();
+  if (!exists || !is_done[i]) return;
+  const RowShare share = share_rows<S, Few::kThreads, Few::kQuads>(thread);
+  for (int row = share.row; row < job.unit.num_rows; row += share.rows_at_once) {
+    merge_row<S, V, Classes, true, Few::kQuads>(p, job, row, share);
   }
-  area.done.slots[x] = i;
-  area.done.count[warp] = num_rows > 0;
-  area.done.most_rows[warp] = num_rows;
 }
 
 // How long a CTA that has done its span looks for units to merge, in cycles: about 30 us.
@@ -243,8 +256,7 @@ __device__ void arrive_and_merge(const KernelParams& p, const Unit& unit, int co
   const auto begins = [&](int i) {
     return i < count && (!is_of_node || i == 0 || unit(i - 1).unit != unit(i).unit);
   };
-  const bool are_few = kBoxClasses<S, Classes> > 0 && !has_nodes && count <= kFewUnits;
-  bool is_open = !are_few && begins(x);
+  bool is_open = begins(x);
   const ArrivingUnit own = is_open ? unit(x) : ArrivingUnit{};
   int32_t* const counter = p.arrivals + own.unit;
   const bool waits = has_nodes && is_last;
@@ -255,18 +267,14 @@ __device__ void arrive_and_merge(const KernelParams& p, const Unit& unit, int co
   bool is_complete = is_open && (takes ? ptx::arrive_last(counter, own.expected)
                                        : ptx::arrive(counter) == own.expected);
   const int other = (x + Classes::kThreads / 2) % Classes::kThreads;
-  if (are_few) {
-    arrive_few<S, Classes>(p, unit, count, area);
-  } else if (begins(other)) {
+  if (begins(other)) {
     look_up<S, Classes>(p, unit(other).unit, unit(other).request, area.jobs[other]);
   }
   while (true) {
-    if (!are_few) {
-      const bool is_mine = is_complete_and_mine<S>(is_complete, most);
-      area.done.list(is_mine && (takes || ptx::claim(counter, own.expected)), own.num_rows);
-      if (is_mine) is_open = is_complete = false;
-      takes = false;
-    }
+    const bool is_mine = is_complete_and_mine<S>(is_complete, most);
+    area.done.list(is_mine && (takes || ptx::claim(counter, own.expected)), own.num_rows);
+    if (is_mine) is_open = is_complete = false;
+    takes = false;
     __syncthreads();
     const auto all = area.done.all();
     if (all.count > 0) {
@@ -312,7 +320,8 @@ __device__ void run_items(const KernelParams& p) {
   using Classes = TileClasses<Tiles...>;
   char* const smem = dynamic_shared<((kByWarpgroups<S, Tiles> || kInBoxes<S, Tiles>) || ...)>();
   CurrentItem& current = current_item();
-  __shared__ int is_done;
+  using Few = FewUnits<S, Classes>;
+  __shared__ int is_done[Few::kMost];
   constexpr bool kAnyInBoxes = kBoxClasses<S, Classes> > 0;
   __shared__ PendingUnits<kAnyInBoxes ? kMostPendingInBoxes : kMostPending> pending;
   static_assert(sizeof(current) + sizeof(is_done) + sizeof(pending) <=
@@ -337,7 +346,7 @@ __device__ void run_items(const KernelParams& p) {
   ptx::cp_async_wait_all();
   if (first == end) return;
   if (ptx::thread_index() == 0) {
-    pending.count = 0;
+    pending.clear();
     current.end = end;
     current.left = end - first;
     current.has_nodes = has_nodes;
@@ -382,10 +391,17 @@ __device__ void run_items(const KernelParams& p) {
     } else {
       const int count = is_of_node ? item.num_rows : pending.count;
       if (is_of_node || count == pending.kMost || (is_last && count > 0)) {
+        if constexpr (kAnyInBoxes) {
+          const bool are_few = count <= Few::kMost && pending.most_rows <= Few::kMostRows;
+          if (is_last && are_few && !current.has_nodes) {
+            arrive_and_merge_few<S, V, Classes>(p, pending, is_done);
+            return;
+          }
+        }
         const auto unit = [&](int i) { return is_of_node ? places(smem, i) : pending.units[i]; };
         arrive_and_merge<S, V, Classes, kAreaAt>(p, unit, count, is_of_node, is_last,
                                                  current.has_nodes, smem);
-        if (ptx::thread_index() == 0) pending.count = 0;  // of a node item, too: requests follow
+        if (ptx::thread_index() == 0) pending.clear();  // of a node item, too: requests follow
         is_published = false;
       }
     }

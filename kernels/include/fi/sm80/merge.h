@@ -226,7 +226,8 @@ __device__ inline void merge_unit(const KernelParams& p, const MergeJob& job) {
   constexpr int kQuads = are_few<S, kThreads>(S::kGroupSize)       ? 1
                          : are_few<S, 2 * kThreads>(S::kGroupSize) ? 2
                                                                    : 4;
-  const RowShare share = share_rows<S, kThreads, kQuads>();
+  const int thread = static_cast<int>(ptx::thread_index());
+  const RowShare share = share_rows<S, kThreads, kQuads>(thread);
 #pragma unroll 1
   for (int row = share.row; row < job.unit.num_rows; row += share.rows_at_once) {
     merge_row<S, V, Classes, true, kQuads>(p, job, row, share);
@@ -251,10 +252,11 @@ __device__ inline void merge_units(const KernelParams& p, const MergeArea<Classe
   // that those, the largest of all, take to compile.
   constexpr int kMaxQuads = Classes::kMaxRows == 64 ? 8 : 4;
   const int most_rows = all.most_rows, num_rows = all.count * most_rows;
-  RowShare share = share_rows<S, kThreads, kMaxQuads>();
-  if (kMaxQuads > 4 && num_rows <= 16) share = share_rows<S, kThreads, 4>();
+  const int thread = static_cast<int>(ptx::thread_index());
+  RowShare share = share_rows<S, kThreads, kMaxQuads>(thread);
+  if (kMaxQuads > 4 && num_rows <= 16) share = share_rows<S, kThreads, 4>(thread);
   if (are_few<S, kThreads * kFewQuads<Classes>>(num_rows)) {
-    share = share_rows<S, kThreads, kFewQuads<Classes>>();
+    share = share_rows<S, kThreads, kFewQuads<Classes>>(thread);
   }
   for (int at = share.row; at < num_rows; at += share.rows_at_once) {
     // Mostly of a decoded token each: nothing to divide by.
