@@ -80,6 +80,15 @@ def _add_serve(commands: Any) -> None:
     one.add_argument("--workloads", type=_words, default=(), help="loads, by comma; default: all")
     one.add_argument("--out", type=Path, required=True, help="JSON to write, or to go on with")
     one.add_argument("--logs", type=Path, help="folder of the servers' logs; else temporary")
+    one.add_argument(
+        "--at-once",
+        type=int,
+        default=1,
+        help="servers that are started together; loads run on one at a time",
+    )
+    one.add_argument(
+        "--kv-gib", type=float, help="KV cache of each server on each GPU; default: what is free"
+    )
     one.add_argument("options", nargs="*", help="after --: further options of the server")
 
 

@@ -69,6 +69,7 @@ class Server:
     environment: Mapping[str, str] = field(default_factory=dict)
     port: int = 0
     ready_s: float = 0.0
+    _started: float = 0.0
     _process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -88,6 +89,7 @@ class Server:
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         command += [] if self.backend is None else ["--attention-backend", self.backend]
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._started = time.monotonic()
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [*command, *self.options],
@@ -103,18 +105,17 @@ class Server:
         Raises:
             ServerFailed: it ended, or did not answer within STARTUP_LIMIT_S.
         """
-        assert self._process is not None
-        started = time.monotonic()
-        while time.monotonic() - started < STARTUP_LIMIT_S:
-            if self._process.poll() is not None:
-                status = self._process.returncode
-                raise ServerFailed(f"{self.program} ended with {status}: {self.tail}")
+        process = self._process  # of which stop() may lose sight meanwhile
+        assert process is not None
+        while time.monotonic() - self._started < STARTUP_LIMIT_S:
+            if process.poll() is not None:
+                raise ServerFailed(f"{self.program} ended with {process.returncode}: {self.tail}")
             try:
                 urllib.request.urlopen(f"{self.url}/health", timeout=1).close()
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)
                 continue
-            self.ready_s = time.monotonic() - started
+            self.ready_s = time.monotonic() - self._started
             return
         raise ServerFailed(f"no answer within {STARTUP_LIMIT_S:.0f} s: {self.tail}")
 

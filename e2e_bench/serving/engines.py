@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from e2e_bench.demo.server import MODEL_NAME, Server, ServerFailed, SglangServer
+from e2e_bench.demo.server import MODEL_NAME, Server, SglangServer
 from e2e_bench.engine_environment import (
     PANDAS,
     engine_environment,
     sglang_environment,
     with_stand_ins,
 )
+from e2e_bench.serving.client import OUT, Client
 from e2e_bench.serving.loads import SEED, Load
 from e2e_bench.serving.prompts import write_requests
 
@@ -58,6 +58,8 @@ class ServedEngine(ABC):
         cpu_server: of a small model on a CPU.
         gpu_server: of a model on a GPU.
         variables: of its environment, beside those of clients too.
+        idle_options: of a server that keeps out of the way while it has nothing to do.
+        client_imports: modules that its client imports ahead of its turn.
     """
 
     name: str
@@ -67,6 +69,8 @@ class ServedEngine(ABC):
     cpu_server: type[Server] = Server
     gpu_server: type[Server] = Server
     variables: Mapping[str, str] = {}
+    idle_options: tuple[str, ...] = ()
+    client_imports: tuple[str, ...]
 
     def server(
         self,
@@ -100,7 +104,7 @@ class ServedEngine(ABC):
 
     @abstractmethod
     def client(self, url: str, model: Path, load: Load, out: Path) -> list[str]:
-        """Return the command that drives a server and writes figures to a file.
+        """Return module and arguments of what drives a server and writes figures to a file.
 
         Requests that we write are in the file REQUESTS beside ``out``.
         """
@@ -119,33 +123,32 @@ class ServedEngine(ABC):
         del folder
         return dict(environment)
 
-    def drive(
-        self, server: Server, model: Path, load: Load, environment: Mapping[str, str]
-    ) -> dict[str, Any]:
-        """Return the figures of one benchmark against a running server.
+    @abstractmethod
+    def cache_options(self, kv_bytes: int, token_bytes: int) -> list[str]:
+        """Return options of a GPU's server whose KV cache has a fixed size.
 
-        Raises:
-            ServerFailed: the client failed, or requests did; the message carries the end of what it
-                said.
+        Args:
+            kv_bytes: of the cache, on each GPU.
+            token_bytes: of a token in it.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "out.json"
-            if load.written:
-                write_requests(load, model, out.with_name(REQUESTS))
-            command = self.client(server.url, model, load, out)
-            variables = self.client_environment(environment, out.parent)
-            done = subprocess.run(
-                command, env=variables, capture_output=True, text=True, check=False
-            )
-            said = done.stdout[-1000:] + done.stderr[-2000:]
-            if done.returncode != 0 or not out.exists():
-                raise ServerFailed(f"{' '.join(command[:4])} ended with {done.returncode}: {said}")
-            figures = json.loads(out.read_text().strip().splitlines()[-1])
-        if figures["completed"] != load.prompts:
-            answered = f"{figures['completed']} of {load.prompts} requests were answered"
-            raise ServerFailed(f"{answered}: {said}")
-        known = {name: figures[name] for name in FIGURES if figures.get(name) is not None}
-        return per_sample(known, load)
+
+    def start_client(
+        self, server: Server, model: Path, load: Load, environment: Mapping[str, str]
+    ) -> Client:
+        """Return the client of a load, which waits for its turn; the server has its address."""
+        folder = TemporaryDirectory()
+        out = Path(folder.name) / OUT
+        if load.written:
+            write_requests(load, model, out.with_name(REQUESTS))
+        command = self.client(server.url, model, load, out)
+        variables = self.client_environment(environment, out.parent)
+        return Client(command, self.client_imports, load, folder, variables)
+
+
+def known_figures(found: Mapping[str, Any], load: Load) -> dict[str, Any]:
+    """Return what is kept of a client's figures, as it is for one sample."""
+    known = {name: found[name] for name in FIGURES if found.get(name) is not None}
+    return per_sample(known, load)
 
 
 def per_sample(figures: Mapping[str, Any], load: Load) -> dict[str, Any]:
@@ -181,6 +184,17 @@ class Vllm(ServedEngine):
     }
 
     variables: Mapping[str, str] = VLLM_DEV_MODE
+    client_imports = (
+        "vllm.entrypoints.cli.main",
+        "vllm.entrypoints.cli.serve",
+        "vllm.entrypoints.cli.benchmark.main",
+        "vllm.benchmarks.serve",
+    )
+
+    def cache_options(self, kv_bytes: int, token_bytes: int) -> list[str]:
+        """Memory is not profiled, which others would disturb; a share must be free all the same."""
+        del token_bytes
+        return _flat({"--kv-cache-memory-bytes": kv_bytes, "--gpu-memory-utilization": 0.1})
 
     def server_options(self, backend: str, length: int | None) -> list[str]:
         """Options that repeat those of the demo count: the last one does."""
@@ -233,8 +247,7 @@ class Vllm(ServedEngine):
             options["--request-rate"] = load.rate
         if load.samples > 1:
             options["--extra-body"] = json.dumps({"n": load.samples})
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
-        return [*command, *_flat(options), *flags]
+        return ["vllm.entrypoints.cli.main", "bench", "serve", *_flat(options), *flags]
 
     def client_environment(self, environment: Mapping[str, str], folder: Path) -> dict[str, str]:
         """Return the environment, with a stand-in for pandas where that is not installed."""
@@ -259,6 +272,12 @@ class Sglang(ServedEngine):
 
     cpu_server = SglangServer
     gpu_server = GpuSglangServer
+    idle_options = ("--sleep-on-idle",)  # else its scheduler spins
+    client_imports = ("sglang.bench_serving", "transformers")
+
+    def cache_options(self, kv_bytes: int, token_bytes: int) -> list[str]:
+        """Of what is free when the weights are there SGLang takes no more than that."""
+        return ["--max-total-tokens", str(kv_bytes // token_bytes)]
 
     def server_options(self, backend: str, length: int | None) -> list[str]:
         """A server on a CPU has those of the demo alone."""
@@ -314,7 +333,7 @@ class Sglang(ServedEngine):
             flags.append("--tokenize-prompt")  # no file is read with it
         if load.rate:
             options["--request-rate"] = load.rate
-        return [sys.executable, "-m", "sglang.bench_serving", *_flat(options), *flags]
+        return ["sglang.bench_serving", *_flat(options), *flags]
 
     def why_not(self, load: Load, *, on_cpu: bool) -> str | None:
         """One sample a prompt is what the client counts; drafts need SGLang's own kernels."""

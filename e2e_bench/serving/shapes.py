@@ -101,6 +101,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def kv_token_bytes(name: str) -> int:
+    """Return the bytes that a token has in a bf16 KV cache of all layers of a shape."""
+    shape = SHAPES[name]
+    heads, dim = shape["num_key_value_heads"], shape["head_dim"]
+    return int(shape["num_hidden_layers"] * 2 * heads * dim * 2)
+
+
 def make_shape(name: str, folder: Path) -> Path:
     """Return a folder with a configuration of SHAPES and a tokenizer, without weights.
 

@@ -7,8 +7,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,7 @@ from e2e_bench.serving import engines, figures, matrix
 from e2e_bench.serving.engines import ENGINES, Vllm, per_sample, split_backend
 from e2e_bench.serving.loads import GROUPS, LOADS, SMALL_LOADS, Load
 from e2e_bench.serving.prompts import make_requests, one_token_words, write_requests
-from e2e_bench.serving.shapes import make_shape
+from e2e_bench.serving.shapes import kv_token_bytes, make_shape
 from e2e_bench.vllm_gpu.models import make_small
 
 
@@ -140,67 +139,76 @@ def test_servers_take_the_longest_request(tmp_path: Path) -> None:
     assert "cpu" in ENGINES["sglang"].server(tmp_path, "fi", tmp_path, {}, None).command()
 
 
-@pytest.mark.parametrize(("code", "text"), [(0, ""), (3, "boom")])
-def test_failed_clients_say_why(monkeypatch: pytest.MonkeyPatch, code: int, text: str) -> None:
-    done = SimpleNamespace(returncode=code, stdout=text, stderr="")
-    monkeypatch.setattr(engines.subprocess, "run", lambda *_, **__: done)
-    with pytest.raises(ServerFailed, match=f"ended with {code}: {text}"):
-        Vllm().drive(SimpleNamespace(url="u"), Path("m"), SMALL_LOADS["mixed"], {})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("completed", [12, 11])
-def test_every_request_must_be_answered(monkeypatch: pytest.MonkeyPatch, completed: int) -> None:
-    def client(command: list[str], **_: Any) -> SimpleNamespace:
-        folder = Path(command[command.index("--result-dir") + 1])
-        found = {"completed": completed, "output_throughput": 9.0, "unknown": 1}
-        (folder / "out.json").write_text(json.dumps(found))
-        return SimpleNamespace(returncode=0, stdout="done", stderr="")
-
-    monkeypatch.setattr(engines.subprocess, "run", client)
-    given: Any = (SimpleNamespace(url="u"), Path("m"), SMALL_LOADS["mixed"], {})
-    answered = pytest.raises(ServerFailed, match="11 of 12 requests were answered: done")
-    with nullcontext() if completed == 12 else answered:
-        assert Vllm().drive(*given) == {"completed": 12, "output_throughput": 9.0}
-
-
 class Played:
-    """A server that never starts: what it was given, and what its worker answers."""
+    """A server that is ready at once, unless ``fails``, and what its worker answers."""
 
-    def __init__(self, log: Path) -> None:
+    url = "u"
+
+    def __init__(self, log: Path, fails: bool) -> None:
         self.log, self.options, self.ready_s, self.calls = log, ["--a"], 1.0, 0
-        self.lives = True
+        self.fails, self.lives, self.events = fails, False, [""]
         log.write_text("GPU KV cache size: 1,234 tokens")
 
-    def __enter__(self) -> Played:
-        return self
+    def start(self) -> None:
+        self.lives = True
+        self.events.append("start")
 
-    def __exit__(self, *_: object) -> None: ...
+    def wait(self) -> None:
+        if self.fails:
+            raise ServerFailed("it fell over")
+        self.events.append("ready")
+
+    def stop(self) -> None:
+        if self.lives:
+            self.events.append("stop")
+        self.lives = False
 
     def counts(self) -> dict[str, int]:
         self.calls += 1
         return {"kv_tokens": 1000 * self.calls, "saved_kv_tokens": 700 * self.calls, "steps": 1}
 
 
+@dataclass
+class PlayedClient:
+    """Answers at once, or fails."""
+
+    engine: PlayedVllm
+    server: Played
+    load: Load
+
+    def figures(self) -> dict[str, Any]:
+        if self.load is self.engine.broken:
+            self.server.lives = not self.engine.ends
+            raise ServerFailed("the client fell over")
+        self.engine.driven.append(self.load)
+        self.server.events.append("driven")
+        throughput = 100.0 + len(self.engine.driven)
+        return {"output_throughput": throughput, "median_itl_ms": 2.5, "unknown": 1}
+
+    def stop(self) -> None: ...
+
+
 class PlayedVllm(Vllm):
-    """Answers at once; a load named in ``broken`` fails, with its server where ``ends`` is set."""
+    """A load named in ``broken`` fails, with its server where ``ends`` is set."""
 
     def __init__(self) -> None:
         self.servers: list[tuple[str, Mapping[str, str], int | None]] = []
+        self.played: list[Played] = []
+        self.events: list[str] = []
         self.driven: list[Load] = []
         self.broken: Load | None = None
         self.ends = False
+        self.dead = ""  # name of a backend whose servers do not start
 
     def server(self, *given: Any) -> Any:
         _, backend, log, environment, length = given
         self.servers.append((backend, environment, length))
-        return Played(log)
+        self.played.append(Played(log, backend == self.dead))
+        self.played[-1].events = self.events
+        return self.played[-1]
 
-    def drive(self, server: Any, model: Path, load: Load, environment: Any) -> dict[str, Any]:
-        if load is self.broken:
-            server.lives = not self.ends
-            raise ServerFailed("the client fell over")
-        self.driven.append(load)
-        return {"output_throughput": 100.0 + len(self.driven), "median_itl_ms": 2.5}
+    def start_client(self, server: Any, model: Path, load: Load, environment: Any) -> Any:
+        return PlayedClient(self, server, load)
 
 
 WORDS = [f"t{i}" for i in range(3, 1000)]
@@ -265,17 +273,43 @@ def test_loads_behind_one_that_fails_are_measured_while_the_server_lives(
     assert [(row["backend"], row["why"]) for row in rows] == [("CUSTOM", why), ("FLASH_ATTN", why)]
 
 
+def test_servers_start_together_and_are_driven_one_by_one(
+    engine: PlayedVllm, tmp_path: Path
+) -> None:
+    engine.dead = "FLASH_ATTN"
+    one = make(engine, tmp_path, "CUSTOM", "FLASH_ATTN", "TRITON_ATTN")
+    assert replace(one, at_once=2, kv_bytes=1 << 35).run() == 1
+    first, second = engine.events.index("stop"), engine.events.index("start", 2)
+    assert engine.events[:2] == ["start", "start"] and first < second
+    assert [event for event in engine.events if event != "ready"][2:] == [
+        *("driven", "driven", "stop", "stop"),
+        *("start", "driven", "driven", "stop"),
+    ]
+    cache = ["--kv-cache-memory-bytes", str(1 << 35), "--gpu-memory-utilization", "0.1"]
+    assert all(server.options == ["--a", *cache, "--b"] for server in engine.played)
+    rows = json.loads(one.out.read_text())["rows"]
+    why = [row["why"] for row in rows if row["workload"] == "failed"]
+    assert why == ["it fell over"] and len(engine.driven) == 4
+
+
+def test_caches_of_a_fixed_size() -> None:
+    # Llama-3.1-8B: 32 layers of K and V, 8 heads of 128 elements of two bytes.
+    assert kv_token_bytes("llama-3.1-8b") == 131072
+    sglang = ENGINES["sglang"]
+    assert sglang.cache_options(1 << 30, 131072) == ["--max-total-tokens", "8192"]
+    assert sglang.idle_options == ("--sleep-on-idle",)
+
+
 def test_drafts_have_a_server_of_their_own(
     engine: PlayedVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[list[str]] = []
-    monkeypatch.setattr(Played, "__enter__", lambda self: started.append(self.options) or self)
     waves = iter([[SimpleNamespace(text=one) for one in said] for said in ("abc", "abd")])
     monkeypatch.setattr(matrix, "run_wave", lambda *_: next(waves))
     one, loads = make(engine, tmp_path, "CUSTOM"), {n: LOADS[n] for n in ("ngram2k", "mixed1k")}
     assert replace(one, shape="qwen3-8b-tp4", loads=loads).run() == 0
     drafting, split = ENGINES["vllm"].draft_options(4), ["--a", "--tensor-parallel-size", "4"]
     assert '"num_speculative_tokens": 4' in drafting[1]
+    started = [server.options for server in engine.played]
     assert started == [[*split, "--b"], [*split, *drafting, "--b"]]
     rows = json.loads(one.out.read_text())["rows"]
     assert [row["workload"] for row in rows] == ["server", "mixed1k", "server-ngram4", "ngram2k"]
@@ -304,6 +338,7 @@ def test_loads_by_name() -> None:
     [
         ("--workloads nothing", "--workloads: expected some of mixed1k, fixed1k,"),
         ("--shape gpt-9", "--shape: expected tiny, llama-3.1-8b, llama-3.1-70b, qwen3-8b, gemma"),
+        ("--at-once 2", "--at-once: expected --kv-gib too, got none; servers share the GPU"),
         ("--shape tiny-tp2", "gpt-oss-20b, the latter also with -tp<GPUs>, got 'tiny-tp2'"),
     ],
 )
