@@ -38,6 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(graph_timing, "record", record)
     monkeypatch.setattr(graph_timing, "time_in_turns", in_turns)
+    monkeypatch.setattr(graph_timing, "time_apart", in_turns)
     attention, planned = fi.attention, fi.StepPlanner.plan
 
     def run(*arguments: Any, **options: Any) -> Any:
