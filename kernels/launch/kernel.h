@@ -28,8 +28,9 @@ DeviceInfo device_info(int32_t device);
 enum class Overlap {
   kNone,
   // The grid may start when the CTAs of the grid before it have come to ptx::start_next_grid() or
-  // ended; it has to call ptx::wait_for_previous_grid() itself. Where device or driver do not know
-  // that, as kNone.
+  // ended; it has to call ptx::wait_for_previous_grid() itself. It waits for that grid, not for
+  // those before it: they have ended, unless a kernel of others let it start and did not wait.
+  // Where device or driver do not know that, as kNone.
   kWithPrevious,
 };
 

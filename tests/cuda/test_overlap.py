@@ -121,3 +121,31 @@ def test_a_captured_launch_follows_whatever_is_before_it(device: str) -> None:
         outs.zero_()
         replay()
         assert all(torch.equal(out, expected) for out in outs)
+
+
+def test_streams_that_join_are_both_waited_for(device: str) -> None:
+    """Attention of two planners beside each other; a third reads what the other stream wrote."""
+    stress, source = Stress(LOADS["shared"], 1, 9, device), torch.cuda.Stream(device)
+    q, outs = torch.zeros_like(stress.q), torch.zeros(2, *stress.q.shape, dtype=BF16, device=device)
+
+    def model(beside: torch.cuda.Stream) -> None:
+        current = torch.cuda.current_stream(device)
+        beside.wait_stream(current)
+        with torch.cuda.stream(beside):
+            fi.attention(stress.other.slot(0), stress.q, stress.kv, out=q)
+        fi.attention(stress.planner.slot(0), stress.q, stress.kv, out=outs[0])
+        current.wait_stream(beside)
+        fi.attention(stress.planner.slot(0), q, stress.kv, out=outs[1])
+
+    stress.set_step(0)
+    stress.planner.plan(stress.batch)
+    stress.other.plan(stress.batch)
+    model(torch.cuda.current_stream(device))  # one after the other
+    torch.cuda.synchronize(device)
+    expected = outs.clone()
+    replay = capture(lambda: model(source), stress.device)
+    for _ in range(20):
+        q.fill_(torch.nan)
+        outs.zero_()
+        replay()
+        assert torch.equal(outs, expected)

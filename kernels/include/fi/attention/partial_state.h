@@ -16,7 +16,7 @@ struct FinalRow {
 // Applies the sink once: it takes probability but contributes no value. sinks null: there is none.
 __device__ inline FinalRow with_sink(const float* sinks, int q_head, float lse_log2) {
   if (!sinks) return {1.0f, lse_log2};
-  const float sink_log2 = sinks[q_head] * kLog2E;
+  const float sink_log2 = __fmul_rn(sinks[q_head], kLog2E);  // not fused below: bits are equal
   const float top = fmaxf(lse_log2, sink_log2);
   if (top == neg_infinity()) return {0.0f, top};
   const float own = exp2_approx(lse_log2 - top);

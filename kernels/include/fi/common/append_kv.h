@@ -182,14 +182,14 @@ __device__ inline void append_rows(const AppendParams& p, int cta,
   }
 }
 
-// The kernel. Attention comes right behind it and finds its CTAs started; those wait until this
-// grid has ended, before they read anything. kAligned: all rows start at multiples of 16 bytes (8
-// in an fp8 cache), and rotated parts are whole chunks.
+// The kernel. The CTAs of attention, which comes right behind it, start beside it and wait until it
+// has ended, before they read anything. kAligned: all rows start at multiples of 16 bytes (8 in an
+// fp8 cache), and rotated parts are whole chunks.
 template <class Element, class CacheElement, int kDimQk, int kDimVo, bool kAligned, class R>
 __device__ void append_kv(const AppendParams& p) {
   static_assert(!kAligned || R::kRotaryDim % (R::kIsInterleaved ? kChunk : 2 * kChunk) == 0);
-  ptx::start_next_grid();
   ptx::wait_for_previous_grid();  // of which K, V and slots may be
+  ptx::start_next_grid();
   const int cta = blockIdx.x, v_cta = cta - p.k_ctas, q_cta = v_cta - p.v_ctas;
   const int num_kv_rows = p.num_tokens * p.num_kv_heads;
   if (v_cta < 0) {

@@ -7,7 +7,8 @@
 namespace fi::ptx {
 
 // The next grid of the stream may be started once all CTAs of this one have come here or ended, if
-// its launch allows that.
+// its launch allows that. A grid that overlaps the one before it waits for that first: kernels of
+// others may wait for the grid right before theirs alone, and count on the end of earlier ones.
 __device__ inline void start_next_grid() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

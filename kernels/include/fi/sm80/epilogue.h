@@ -318,8 +318,10 @@ __device__ inline void write_merged(const RowTarget<S, V>& target, int row, cons
     float4& o = merge.total[q];
     const int d = (share.lane + q * share.lanes) * 4;
     if (V::Outputs::kCount > 0 && d >= S::kHeadDimVo) break;  // a function may read at d
-    o = {target.finish(who, d, o.x * factor), target.finish(who, d + 1, o.y * factor),
-         target.finish(who, d + 2, o.z * factor), target.finish(who, d + 3, o.w * factor)};
+    o = {target.finish(who, d, __fmul_rn(o.x, factor)),
+         target.finish(who, d + 1, __fmul_rn(o.y, factor)),
+         target.finish(who, d + 2, __fmul_rn(o.z, factor)),
+         target.finish(who, d + 3, __fmul_rn(o.w, factor))};
   }
   if (target.is_float32()) {
     float* to = target.float_row(row, who);
