@@ -103,6 +103,7 @@ def runner(
         max_prefill_tokens=512,
         speculative_num_draft_tokens=drafts,
         speculative_eagle_topk=2,
+        cuda_graph_config=SimpleNamespace(prefill=SimpleNamespace(backend="breakable")),
     )
     made = SimpleNamespace(
         model=Model(layers),
@@ -120,6 +121,7 @@ def runner(
         kv_cache_dtype=kv_dtype or dtype,
         use_mla_backend=False,
         dcp_size=1,
+        ps=SimpleNamespace(tp_size=1),
         is_draft_worker=False,
         spec_algorithm=SimpleNamespace(is_none=lambda: drafts == 0),
         server_args=settings,

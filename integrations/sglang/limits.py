@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 from fi_backend import Capacity
@@ -26,7 +27,10 @@ class StepLimits:
     def of(cls, runner: Any) -> StepLimits:
         """Return the limits that a model runner's pools and settings set."""
         pool = runner.req_to_token_pool
-        requests, kv_len = pool.size, pool.req_to_token.shape[1]
+        # Ranks that share attention work pad a step to a multiple of their number, which divides
+        # that of all tensor-parallel ranks: past the pool, where that is none.
+        requests = -(-pool.size // num_ranks(runner)) * num_ranks(runner)
+        kv_len = pool.req_to_token.shape[1]
         drafts = num_draft_tokens(runner)
         chunk = setting(runner, "schedule", "chunked_prefill_size") or -1
         # Without chunks the last prompt of a step may go past the budget.
@@ -69,16 +73,27 @@ def num_draft_tokens(runner: Any) -> int:
     return int(setting(runner, "spec", "speculative_num_draft_tokens") or 0)
 
 
+def num_ranks(runner: Any) -> int:
+    """Return the tensor-parallel ranks of a model runner."""
+    if hasattr(runner, "ps"):  # 0.5.16
+        return int(runner.ps.tp_size)
+    from sglang.srt.runtime_context import get_parallel
+
+    return int(get_parallel().tp_size)
+
+
 def setting(runner: Any, group: str, name: str) -> Any:
     """Return a server argument as SGLang resolved it.
 
     Args:
         runner: SGLang's ModelRunner.
-        group: of settings, where the runtime context has groups (0.5.23); before, server arguments
-            are resolved in place.
+        group: of settings, and parts of it behind dots, where the runtime context has groups
+            (0.5.23); before, server arguments are resolved in place.
         name: of the argument.
     """
     from sglang.srt import runtime_context
 
-    get_group = getattr(runtime_context, f"get_{group}", None)
-    return getattr(runner.server_args if get_group is None else get_group(), name)
+    first, *parts = group.split(".")
+    get_group = getattr(runtime_context, f"get_{first}", None)
+    place = runner.server_args if get_group is None else reduce(getattr, parts, get_group())
+    return getattr(place, name)

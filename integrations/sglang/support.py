@@ -10,6 +10,7 @@ import torch
 
 from ..common.reasons import refuse as refuse_all
 from ..common.reasons import sentence
+from .limits import setting
 
 KEEP_SGLANG = "choose one of SGLang's own with --attention-backend"
 
@@ -55,6 +56,14 @@ def runner_reasons(runner: Any) -> list[str]:
     if os.environ.get("SGLANG_USE_HND_KVCACHE", "0").lower() in ("1", "true"):
         hint = "leave it unset"
         reasons.append(sentence("SGLANG_USE_HND_KVCACHE", "0 (slots of one token)", 1, hint))
+    # It plans on a stream that does not wait for the step before, whose plan graphs still read.
+    if os.environ.get("SGLANG_ENABLE_OVERLAP_PLAN_STREAM", "0").lower() in ("1", "true"):
+        name, served = "SGLANG_ENABLE_OVERLAP_PLAN_STREAM", "0 (plans in the order of steps)"
+        reasons.append(sentence(name, served, 1, "leave it unset"))
+    graphs = setting(runner, "exec.graph", "cuda_graph_config")
+    if graphs.prefill.backend == "full":
+        name, served = "cuda_graph_config[prefill].backend", "breakable or disabled"
+        reasons.append(sentence(name, served, "full", "name another in --cuda-graph-config"))
     if runner.kv_cache_dtype == torch.float8_e5m2:
         hint = "pass --kv-cache-dtype fp8_e4m3"
         reasons.append(sentence("kv_cache_dtype", "auto or fp8_e4m3", "fp8_e5m2", hint))

@@ -87,7 +87,8 @@ class FiAttentionImpl(AttentionImpl[StepMetadata]):
         causal = self.attn_type == support.DECODER
         layer_class = self.layer_class(causal, model.dtype, self.head_size)
         limits = StepLimits.of(vllm_config)
-        if self.may_share and shares_prefixes([layer_class], invariant_chunk()):
+        chunk = invariant_chunk(limits.general.max_kv_len)
+        if self.may_share and shares_prefixes([layer_class], chunk):
             limits = limits.with_sharing()
         device = torch.device("cuda", torch.cuda.current_device())
         return reserve_scratch(device, [layer_class], limits)

@@ -154,6 +154,8 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         group = self._plan_of(step, causal=bool(causal))
         if self._may_sleep:
             group.planner.clear_counters()
+            if self._own_pages is not None:
+                torch.arange(len(self._own_pages), out=self._own_pages)
         group.planner.plan(batch)
         shared_reads.after_plan()
         # In vLLM's host copy: padded requests of a captured size have no tokens.
@@ -221,7 +223,8 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                 for reason in why_not(AttentionConfig.of(layer_class, self.device))
             ]
         )
-        chunk, limits = invariant_chunk(), self._limits
+        limits = self._limits
+        chunk = invariant_chunk(limits.general.max_kv_len)
         if self._may_share and shares_prefixes(classes, chunk):
             limits = limits.with_sharing()
 

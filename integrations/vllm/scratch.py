@@ -20,14 +20,23 @@ from .limits import StepLimits
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# KV positions between cuts when vLLM asks for batch invariance: a few tiles, so that one long
-# request still spreads over all threads or CTAs.
-INVARIANT_CHUNK = 512
+# When vLLM asks for batch invariance, KV is cut at fixed positions, however short a step is: at few
+# of them, as every query token may need a partial state for each cut, and not closer than a few
+# tiles. So one long request still spreads over threads or CTAs.
+INVARIANT_CUTS = 16
+LEAST_INVARIANT_CHUNK = 512
 
 
-def invariant_chunk() -> int:
-    """Return where batch-invariant mode cuts KV; 0 when vLLM does not ask for it."""
-    return INVARIANT_CHUNK if envs.VLLM_BATCH_INVARIANT else 0
+def invariant_chunk(max_kv_len: int) -> int:
+    """Return the KV tokens between cuts of batch-invariant mode; 0 when vLLM does not ask for it.
+
+    Args:
+        max_kv_len: of the engine: what its answers are made of stays the same while it does.
+    """
+    if not envs.VLLM_BATCH_INVARIANT:
+        return 0
+    share = -(-max_kv_len // INVARIANT_CUTS)
+    return max(LEAST_INVARIANT_CHUNK, 1 << (share - 1).bit_length())
 
 
 class DeviceScratch:
@@ -69,8 +78,9 @@ def reserve_scratch(
     scratch = _by_device.get(device)
     if scratch is None:
         scratch = _by_device[device] = DeviceScratch(device)
+    chunk = invariant_chunk(limits.general.max_kv_len)
     general, decode = (
-        workspace_size(layer_classes, capacity, device, batch_invariant_chunk=invariant_chunk())
+        workspace_size(layer_classes, capacity, device, batch_invariant_chunk=chunk)
         for capacity in (limits.general, limits.decode)
     )
     scratch.reserve(general | decode)

@@ -124,7 +124,7 @@ def test_chunked_local_attention_cuts_requests_at_multiples_of_the_chunk() -> No
 
 def test_batch_invariance_keeps_a_requests_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    monkeypatch.setattr(scratch, "INVARIANT_CHUNK", 128)
+    monkeypatch.setattr(scratch, "LEAST_INVARIANT_CHUNK", 128)
     holder = vllm_layer(Layer())
     builder = make_builder([holder])
     lengths = [(1, 500), (40, 300), (1, 77)]

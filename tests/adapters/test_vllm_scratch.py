@@ -10,7 +10,7 @@ import pytest
 import torch
 from vllm_layers import Layer, vllm_config, vllm_layer
 
-from fi_backend import CAUSAL, HeadShape, LayerClass, StepPlanner, workspace_size
+from fi_backend import CAUSAL, Capacity, HeadShape, LayerClass, StepPlanner, workspace_size
 from fi_backend.integrations.vllm import impl, scratch
 from fi_backend.integrations.vllm.limits import StepLimits
 
@@ -53,6 +53,28 @@ def test_layers_share_one_workspace_that_holds_the_largest() -> None:
             size = workspace_size([layer_class], capacity)
             assert last.size | size == last.size
             assert StepPlanner([layer_class], capacity, workspace=last).workspace is last
+
+
+def test_batch_invariance_costs_little_however_long_a_request_may_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every query token may need a partial state for each cut: at most 16."""
+    assert scratch.invariant_chunk(1 << 17) == 0
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert [scratch.invariant_chunk(n) for n in (100, 8192, 8193, 131072)] == [
+        *(512, 512, 1024, 8192)
+    ]
+    layer = LayerClass(HeadShape(32, 8, 128), torch.bfloat16)
+    sizes = [
+        workspace_size(
+            [layer],
+            Capacity(256, 8192, length),
+            torch.device("cuda"),
+            batch_invariant_chunk=scratch.invariant_chunk(length),
+        ).num_bytes
+        for length in (8192, 131072)
+    ]
+    assert sizes[0] == sizes[1] < 2.2 * (1 << 30)
 
 
 def test_it_is_freed_with_the_layers_of_its_engine() -> None:

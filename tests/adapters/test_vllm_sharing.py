@@ -78,10 +78,10 @@ def local_builder(holder: Any) -> StepMetadataBuilder:
     return make_builder([holder], builder_cls=cls, spec=spec)
 
 
-def encoder_builder(holder: Any) -> StepMetadataBuilder:
+def encoder_builder(holder: Any, *, sleeps: bool = False) -> StepMetadataBuilder:
     cls = create_encoder_only_attention_backend(FiBackend).get_builder_cls()
     spec = EncoderOnlyAttentionSpec(PAGE, num_kv_heads=2, head_size=32, dtype=torch.float32)
-    return make_builder([holder], builder_cls=cls, spec=spec)
+    return make_builder([holder], builder_cls=cls, spec=spec, sleeps=sleeps)
 
 
 def looks(builder: StepMetadataBuilder) -> bool:
@@ -150,6 +150,17 @@ def test_after_sleep_steps_begin_with_clear_counters(sleeps: bool) -> None:
     planner.workspace.arrivals.fill_(77)  # what vLLM's pool may hold when it wakes
     builder.build(0, step.common)
     assert bool((planner.workspace.arrivals == 0).all()) is sleeps
+
+
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_after_sleep_encoders_know_their_pages(sleeps: bool) -> None:
+    layer = vllm_layer(Layer("e", attn_type="encoder_only"))
+    builder, step = encoder_builder(layer, sleeps=sleeps), make_step([(3, 3), (5, 5)])
+    pages = builder._own_pages
+    assert pages is not None
+    pages.fill_(-1)
+    builder.build(0, step.common)
+    assert torch.equal(pages, torch.arange(len(pages), dtype=torch.int32)) is sleeps
 
 
 def test_switched_off_nothing_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

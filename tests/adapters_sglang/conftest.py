@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fi_backend.integrations.sglang import backend, limits
+from fi_backend.integrations.sglang import backend, limits, support
 
 
 @pytest.fixture(autouse=True)
@@ -16,5 +16,5 @@ def settings_of_the_runner(monkeypatch: pytest.MonkeyPatch) -> None:
         settings: SimpleNamespace = runner.settings
         return getattr(settings, name)
 
-    for module in (limits, backend):
+    for module in (limits, backend, support):
         monkeypatch.setattr(module, "setting", setting)

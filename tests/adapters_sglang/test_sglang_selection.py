@@ -138,6 +138,22 @@ def test_head_major_caches_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         FiAttentionBackend(runner([Layer()]))
 
 
+def test_plans_beside_the_step_before_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_ENABLE_OVERLAP_PLAN_STREAM", "1")
+    with pytest.raises(Unsupported, match=r"OVERLAP_PLAN_STREAM: expected 0 \(plans in the order"):
+        FiAttentionBackend(runner([Layer()]))
+
+
+def test_whole_prefill_graphs_are_refused() -> None:
+    """They are captured before there is memory for their tables, which graphs of decodes size."""
+    asked = runner([Layer()])
+    asked.settings.cuda_graph_config.prefill.backend = "full"
+    with pytest.raises(
+        Unsupported, match=r"prefill\]\.backend: expected breakable or disabled, got"
+    ):
+        FiAttentionBackend(asked)
+
+
 def test_verification_without_drafts_is_refused() -> None:
     world = World([Layer()])
     world.request()
@@ -160,6 +176,10 @@ def test_limits_follow_pools_and_settings() -> None:
     assert found.general == Capacity(8, 256 + 8 * 3, 320)
     assert found.decode == Capacity(8, 8, 320, max_q_len=1)
     assert found.verify == Capacity(8, 24, 320, max_q_len=3)
+    # Ranks that share attention pad 8 requests to a multiple of their number.
+    asked.ps.tp_size = 3
+    assert limits.StepLimits.of(asked).decode == Capacity(9, 9, 320, max_q_len=1)
+    asked.ps.tp_size = 1
     more = found.with_requests(10)
     assert more.verify == Capacity(10, 30, 320, max_q_len=3)
     assert (more.general.max_requests, more.decode.max_tokens) == (10, 10)
