@@ -93,6 +93,8 @@ def runner(
     dtype: torch.dtype = torch.float32,
     kv_dtype: torch.dtype | None = None,
     drafts: int = 0,
+    *,
+    topk: int = 2,
     **changes: Any,
 ) -> Any:
     """The parts of ModelRunner that the adapter reads."""
@@ -102,7 +104,7 @@ def runner(
         chunked_prefill_size=256,
         max_prefill_tokens=512,
         speculative_num_draft_tokens=drafts,
-        speculative_eagle_topk=2,
+        speculative_eagle_topk=topk,
         cuda_graph_config=SimpleNamespace(prefill=SimpleNamespace(backend="breakable")),
     )
     made = SimpleNamespace(
@@ -123,7 +125,9 @@ def runner(
         dcp_size=1,
         ps=SimpleNamespace(tp_size=1),
         is_draft_worker=False,
-        spec_algorithm=SimpleNamespace(is_none=lambda: drafts == 0),
+        spec_algorithm=SimpleNamespace(
+            is_none=lambda: drafts == 0, is_eagle=lambda: True, is_standalone=lambda: False
+        ),
         server_args=settings,
         settings=settings,
     )

@@ -15,7 +15,7 @@ from ..common.reasons import sentence
 from . import NAME, support
 from .counters import counts
 from .layers import ServedLayer, attention_modules
-from .limits import StepLimits, num_draft_tokens, setting
+from .limits import StepLimits, drafts_branch, num_draft_tokens, setting
 from .plans import Plan, Step, StepPlans
 from .sharing import logger, shared_reads
 from .tables import SlotTables, StepRequests
@@ -45,6 +45,7 @@ class FiAttentionBackend(base_attn_backend.AttentionBackend):
         self.max_context_len = runner.model_config.context_len
         self._drafts = num_draft_tokens(runner)
         topk = setting(runner, "spec", "speculative_eagle_topk") if self._drafts else 1
+        self._has_trees = self._drafts > 0 and drafts_branch(runner)
         self._has_encoders = runner.model_config.is_encoder_decoder
         modules = attention_modules(runner.model, with_encoders=not self._has_encoders)
         reasons = support.runner_reasons(runner)
@@ -83,7 +84,8 @@ class FiAttentionBackend(base_attn_backend.AttentionBackend):
 
     def _make_plans(self) -> StepPlans:
         layers = list(self._layers.values())
-        return StepPlans.of(layers, self._limits, self.device, self._page_size, writes=self._writes)
+        place = (self._limits, self.device, self._page_size)
+        return StepPlans.of(layers, *place, has_trees=self._has_trees, writes=self._writes)
 
     def _window_left(self) -> int | None:
         """Return the widest window of the layers with a pool of their own; None: there are none."""
@@ -177,7 +179,7 @@ class FiAttentionBackend(base_attn_backend.AttentionBackend):
         shared_reads.after_plan()
         window_slots = self._window_slots(fb.out_cache_loc, for_graph=for_graph)
         params = {}
-        if plan is self._plans.verify:
+        if self._has_trees and plan is self._plans.verify:
             mask = getattr(fb.spec_info, "custom_mask", None)
             params["tree_bits"] = self._trees.fill(mask, fb.seq_lens)
         self.forward_metadata = Step(plan, batches, fb.seq_lens, window_slots, params)

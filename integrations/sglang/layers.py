@@ -103,7 +103,7 @@ class ServedLayer:
         return "sinks" in self.logits.params
 
     @property
-    def verify_class(self) -> LayerClass:
+    def tree_class(self) -> LayerClass:
         """The class of the layer in steps that verify a tree of drafted tokens."""
         variant, tree = self.layer_class.variant, shipped.tree_mask()
         return replace(self.layer_class, variant=tree if variant is None else variant.then(tree))

@@ -73,6 +73,13 @@ def num_draft_tokens(runner: Any) -> int:
     return int(setting(runner, "spec", "speculative_num_draft_tokens") or 0)
 
 
+def drafts_branch(runner: Any) -> bool:
+    """Return whether drafted tokens of a request may be a tree; of EAGLE with top-k 1 a chain."""
+    algorithm = runner.spec_algorithm
+    makes_chains = algorithm.is_eagle() or algorithm.is_standalone()
+    return not makes_chains or setting(runner, "spec", "speculative_eagle_topk") != 1
+
+
 def num_ranks(runner: Any) -> int:
     """Return the tensor-parallel ranks of a model runner."""
     if hasattr(runner, "ps"):  # 0.5.16

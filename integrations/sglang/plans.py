@@ -70,7 +70,7 @@ class StepPlans:
         general: any step.
         decode: steps in which every request has one query token; on a GPU their kernel holds
             nothing else. All captured batch sizes use this one.
-        verify: steps that verify trees of drafted tokens; None without speculation.
+        verify: steps that verify drafted tokens; None without speculation.
     """
 
     general: Plan
@@ -85,6 +85,7 @@ class StepPlans:
         device: torch.device,
         page_size: int,
         *,
+        has_trees: bool,
         writes: bool,
     ) -> StepPlans:
         """Make the planners, and compile what they need on a GPU.
@@ -94,6 +95,7 @@ class StepPlans:
             limits: without sharing.
             device: of the model.
             page_size: tokens of a page.
+            has_trees: drafted tokens see those that a mask shows, not all before them.
             writes: whether this process writes lines about sharing.
 
         Raises:
@@ -104,7 +106,11 @@ class StepPlans:
         support.refuse([reason for config in configs for reason in why_not(config)])
         if shares_prefixes(classes, chunk=0):
             limits = limits.with_sharing()
-        verifying = list(distinct(layer.verify_class for layer in layers))
+
+        def verify_class(layer: ServedLayer) -> LayerClass:
+            return layer.tree_class if has_trees else layer.layer_class
+
+        verifying = list(distinct(verify_class(layer) for layer in layers))
         kinds = [(classes, limits.general), (classes, limits.decode)]
         if limits.verify is not None:
             kinds.append((verifying, limits.verify))
@@ -126,5 +132,5 @@ class StepPlans:
         decode = make(limits.decode, lambda layer: layer.layer_class) if is_gpu else general
         verify = None
         if limits.verify is not None:
-            verify = make(limits.verify, lambda layer: layer.verify_class)
+            verify = make(limits.verify, verify_class)
         return cls(general, decode, verify)

@@ -133,6 +133,23 @@ def test_verification_of_trees() -> None:
     world.replay(batch, 2)  # chains
 
 
+def test_chains_need_no_mask() -> None:
+    """Drafts of EAGLE with top-k 1: each sees all before it, in windows and with sinks too."""
+    for name in ("plain", "window pool", "sinks"):
+        world = world_of(name, 16, drafts=4, topk=1)
+        for size in (2, 4):
+            batch = world.batch({0: 4, 1: 4}, VERIFY)
+            batch.spec_info = SimpleNamespace(custom_mask=None)
+            world.replay(batch, size)
+        step = world.backend.forward_metadata
+        assert step is not None and step.params == {}
+        batch = world.batch({0: 4, 1: 4}, VERIFY)
+        batch.spec_info = SimpleNamespace(custom_mask=full_mask(batch, TREE.new_ones(4, 4).tril()))
+        world.backend.init_forward_metadata(batch)
+        world.backend.update_verify_buffers_to_fill_after_draft(batch.spec_info, None)
+        world.run(batch, 0)
+
+
 def test_a_mask_drafted_after_planning_is_taken_over() -> None:
     world = world_of("plain", 1, drafts=4)
     batch = world.batch({0: 4, 1: 4}, VERIFY)
