@@ -86,8 +86,9 @@ def grid(tokens, kv_heads, dims, qo_heads=0, rotary_dim=0):
     params.kv = view
     params.rope = _core.RopeParams(rotary_dim, False, 0, rotary_dim, 100, True)
     _core.launch_append(load(), params, (0,) * 11, 7)
-    return [(int(c.split()[2], 16), int(c.split()[5], 16), c.split()[-1]) for c in calls()
-            if c.startswith("cuLaunchKernel")]
+    # Overlapping the kernel before: the stream is followed by one attribute, which is set.
+    return [(int(c.split()[2], 16), int(c.split()[5], 16), c.split()[-3]) for c in calls()
+            if c.startswith("cuLaunchKernelEx")]
 
 def merge_grid(rows, dim, aligned=True):
     _core.launch_merge(load(), (0,) * 4, 2, rows, dim, aligned, 0)
