@@ -334,6 +334,8 @@ def run_command(args: argparse.Namespace) -> int:
         loads = choose_loads(args.workloads, known)
         split_shape(args.shape)
         kv_bytes = None if args.kv_gib is None else round(args.kv_gib * (1 << 30))
+        if args.at_once < 1:
+            raise ValueError(f"--at-once: expected 1 or more servers, got {args.at_once}")
         if args.at_once > 1 and kv_bytes is None and args.shape != TINY:
             raise ValueError("--at-once: expected --kv-gib too, got none; servers share the GPU")
         peers = engine.peers if args.peers is None else args.peers

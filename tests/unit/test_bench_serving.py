@@ -338,6 +338,7 @@ def test_loads_by_name() -> None:
     [
         ("--workloads nothing", "--workloads: expected some of mixed1k, fixed1k,"),
         ("--shape gpt-9", "--shape: expected tiny, llama-3.1-8b, llama-3.1-70b, qwen3-8b, gemma"),
+        ("--at-once 0", "--at-once: expected 1 or more servers, got 0"),
         ("--at-once 2", "--at-once: expected --kv-gib too, got none; servers share the GPU"),
         ("--shape tiny-tp2", "gpt-oss-20b, the latter also with -tp<GPUs>, got 'tiny-tp2'"),
     ],
