@@ -10,8 +10,8 @@ namespace {
 // A row of the sm80 tile table, for heads whose larger dimension is at most `max_head_dim`.
 // Costs are in units of about 9 ns of an H200, where tiles of 64 and 128 rows multiply by
 // warpgroups. Those of head dimension 128 were swept in steps with shared prefixes
-// (docs/notes/2026-11-28-who-waits.md), those of 128 rows against prefill too
-// (docs/notes/2026-11-28-narrow-tiles.md); the others follow from them or are older.
+// (docs/notes/2026-11-28-who-waits.md), those of 64 and 128 rows against prefill too
+// (docs/notes/2026-11-29-instructions-of-prefill.md); the others follow from them or are older.
 struct TileRow {
   int32_t max_head_dim;
   int32_t rows, kv_tile, stages;
@@ -33,15 +33,15 @@ constexpr TileRow kSm80Tiles[] = {
     {192, 16, 64, 2, 4, 2, 295, 200},  // shared memory: 95 KB
     {256, 16, 64, 3, 4, 1, 295, 165},  // shared memory: 214 KB
     // Chunks, and verification of many tokens: a warp holds 16 rows.
-    {128, 64, 64, 2, 4, 2, 400, 215},
+    {128, 64, 64, 2, 4, 2, 450, 190},
     {192, 64, 64, 2, 4, 2, 400, 300},
     {256, 64, 32, 2, 4, 2, 400, 240},
     {256, 64, 16, 2, 4, 2, 400, 130},  // 69 KB, for the 99 KB of sm_89 and sm_120
     // Prefill. 32 rows a warp: a fragment of K or V serves two products. 256 components of o leave
     // registers for 16 rows a warp only: eight warps share what they load.
-    {64, 128, 64, 2, 4, 2, 500, 250},
-    {128, 128, 64, 2, 4, 2, 600, 260},  // 255 registers, 111 KB
-    {256, 128, 64, 2, 8, 1, 600, 280},  // shared memory: 209 KB
+    {64, 128, 64, 2, 4, 2, 1200, 250},
+    {128, 128, 64, 2, 4, 2, 1000, 260},  // 255 registers, 111 KB
+    {256, 128, 64, 2, 8, 1, 1300, 280},  // shared memory: 209 KB
 };
 constexpr int32_t kMinStages = 2;
 

@@ -59,8 +59,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     place = os.environ.get("FI_EVIDENCE")
-    if not place or not _passed | _failed:
-        return
+    if not place or not _passed | _failed or hasattr(session.config, "workerinput"):
+        return  # pytest-xdist's workers report to the session that writes
     options = session.config.option
     chosen = [a for a in session.config.args if not Path(a).is_dir()]
     if options.keyword or options.markexpr or chosen or session.shouldstop:

@@ -147,15 +147,15 @@ def test_boxes_need_plain_pages_of_some_tokens_and_alignment(launches: Launches)
     for page, q, expected in (
         (16, make_q(), Choice(True, True, True)),
         (16, odd, Choice(True, False, False)),
-        (4, make_q(), Choice(True, True, False)),
+        (8, make_q(), Choice(True, True, False)),
         (24, make_q(), Choice(False, True, False)),
-        (8, make_q(), Choice(True, True, True)),
+        (32, make_q(), Choice(True, True, True)),
     ):
         plan(slot, make_batch(page))
         before = len(launches.loaded)
         fi.attention(slot, q, make_kv(page=page))
         assert launches.kernel == expected
-        assert tensors.boxes is (page in (8, 16))
+        assert tensors.boxes is (page in (16, 32))
         assert expected.aligned is False or len(launches.loaded) == before, "loaded by planning"
 
 

@@ -10,16 +10,17 @@
 
 namespace fi::ptx {
 
-// A barrier whose phases are complete when one thread has announced their bytes and these have
+// A barrier whose phases are complete when `count` threads have announced bytes and these have
 // landed. For other threads after the next CTA barrier.
-__device__ inline void init_landing(uint32_t barrier) {
+__device__ inline void init_landing(uint32_t barrier, int count) {
   asm volatile(
-      "mbarrier.init.shared::cta.b64 [%0], 1;\n"
-      "fence.mbarrier_init.release.cluster;\n" ::"r"(barrier)
+      "mbarrier.init.shared::cta.b64 [%0], %1;\n"
+      "fence.mbarrier_init.release.cluster;\n" ::"r"(barrier),
+      "r"(count)
       : "memory");
 }
 
-// Announces the bytes of a phase. Some may have landed before.
+// Announces bytes of a phase.
 __device__ inline void announce_bytes(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes)
                : "memory");

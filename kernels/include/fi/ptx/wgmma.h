@@ -10,12 +10,6 @@
 
 namespace fi::ptx {
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-constexpr bool kHasWarpgroups = true;
-#else
-constexpr bool kHasWarpgroups = false;
-#endif
-
 // Operands in shared memory are of swizzled rows: 64 elements of 16 bits each, 16-byte chunk c of
 // row r at chunk c ^ r % 8. Eight rows make an atom, which lies at a multiple of its size.
 constexpr int kSwizzledRow = 128, kSwizzleAtom = 8 * kSwizzledRow;
@@ -23,14 +17,17 @@ constexpr int kSwizzledRow = 128, kSwizzleAtom = 8 * kSwizzledRow;
 // Describes an operand; of more than 64 elements in a row, the next 64 lie `part` bytes further.
 // Sixteen elements along a row are 32 bytes further, sixteen rows 2048.
 __device__ inline uint64_t swizzled_operand(uint32_t smem, uint32_t part) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kAtoms = uint64_t{kSwizzleAtom / 16} << 32;
-  return kSwizzle128 | kAtoms | uint64_t{part / 16} << 16 | (smem & 0x3ffff) / 16;
+  constexpr uint32_t kSwizzle128 = 1u << 30, kAtoms = kSwizzleAtom / 16;
+  uint64_t operand;
+  asm("mov.b64 %0, {%1, %2};"
+      : "=l"(operand)
+      : "r"(part / 16 << 16 | smem / 16), "r"(kSwizzle128 | kAtoms));
+  return operand;
 }
 
 // The operand `bytes` after another. The address is in the lower half, which does not overflow.
 __device__ inline uint64_t operand_after(uint64_t operand, uint32_t bytes) {
-  const uint32_t lower = static_cast<uint32_t>(operand) + bytes / 16;
-  return operand >> 32 << 32 | lower;
+  return operand + bytes / 16;
 }
 
 // What generic instructions of this thread, cp.async among them, wrote to shared memory is there

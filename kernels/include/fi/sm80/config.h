@@ -95,7 +95,7 @@ FI_HOST_DEVICE constexpr int row_pitch(int row_bytes) { return (row_bytes / 16 |
 // Boxes of tensor maps (ptx/tensor_map.h): rows of 128 bytes, 64 or 128 elements of a token's K or
 // V, swizzled in atoms of 1024 bytes that no padding keeps apart.
 constexpr int kBoxBytes = 128, kBoxAtom = 1024;
-constexpr int kLeastBoxTokens = 8, kMostBoxTokens = 64;
+constexpr int kLeastBoxTokens = 16, kMostBoxTokens = 64;
 FI_HOST_DEVICE constexpr int whole_atoms(int bytes) {
   return (bytes + kBoxAtom - 1) / kBoxAtom * kBoxAtom;
 }
@@ -115,8 +115,9 @@ constexpr int kRowInfoBytes = 24;    // sizeof(VariantRow)
 constexpr int kRowOffsetBytes = 16;  // sizeof(RowOffsets)
 constexpr int kStaticBytes = 384;    // what a kernel declares beside, at most (kernel.h)
 
-// Whether tiles of a class come as boxes where the cache allows it. They hold whole ones, and few
-// query rows: those of many wait for products, and are slower with boxes (pre.b1.4k by 7 %).
+// Whether tiles of a class come as boxes where the cache allows it: they hold whole ones, and have
+// few query rows or, which the host need not know (their padded rows take more), multiply by
+// warpgroups.
 constexpr int kMostBoxRows = 16;
 FI_HOST_DEVICE constexpr bool takes_boxes(int rows, int kv_tile) {
   return rows <= kMostBoxRows && kv_tile % kMostBoxTokens == 0;
@@ -146,14 +147,41 @@ FI_HOST_DEVICE constexpr SharedPlan plan_shared(int head_dim_qk, int head_dim_vo
   return s;
 }
 
-template <class S, class T>
-constexpr bool kInBoxes = S::kBoxes && takes_boxes(T::kRows, T::kKvTile);
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool kHasWarpgroups = true;
+#else
+constexpr bool kHasWarpgroups = false;
+#endif
 
-// How many classes of a launch have their KV in boxes: the first ones.
+// Whether a tile class multiplies by warpgroups: four warps that split the rows, and operands that
+// wgmma can read. Where they lie is not padded but swizzled (ptx/wgmma.h), within the same places.
+template <class S, class T>
+constexpr bool kByWarpgroups =
+    kHasWarpgroups && S::kAligned && !S::kFp8 && S::kHeadDimQk % 64 == 0 &&
+    S::kHeadDimVo % 64 == 0 && S::kHeadDimQk != 192 && T::kKvTile % 64 == 0 && T::kWarpsN == 1 &&
+    T::kWarpsM % 4 == 0 && (T::kRowBlocks == 1 || T::kWarpsM == 4);
+
+template <class S, class T>
+constexpr bool kInBoxes =
+    S::kBoxes && (takes_boxes(T::kRows, T::kKvTile) ||
+                  (kByWarpgroups<S, T> && T::kStages == 2 && T::kKvTile % kMostBoxTokens == 0));
+
+// Whether classes of a launch have their KV in boxes: any; and the one with an index, with tiles
+// of as many tokens as T has, and no more stages.
 template <class S, class Classes>
-constexpr int kBoxClasses = 0;
+constexpr bool kAnyBoxes = false;
 template <class S, class... Tiles>
-constexpr int kBoxClasses<S, TileClasses<Tiles...>> = (kInBoxes<S, Tiles> + ...);
+constexpr bool kAnyBoxes<S, TileClasses<Tiles...>> = (kInBoxes<S, Tiles> || ...);
+template <class S, class T, class... Tiles>
+FI_HOST_DEVICE bool has_boxes_of(TileClasses<Tiles...>, int tile_class) {
+  int c = 0;
+  bool has = false;
+  ((tile_class == c++ ? void(has = kInBoxes<S, Tiles> && Tiles::kKvTile == T::kKvTile &&
+                                   Tiles::kStages <= T::kStages)
+                      : void()),
+   ...);
+  return has;
+}
 
 template <class S, class T>
 constexpr SharedPlan kShared = plan_shared(S::kHeadDimQk, S::kHeadDimVo, S::kKvBytes, T::kRows,

@@ -263,6 +263,8 @@ __device__ inline void write_rows(const KernelParams& p, const WorkItem& item,
     for_each_run<S>(state.o[b], half,
                     [&](int d, const float (&x)[kRun<S>]) { store_elements<S>(to + d, x); });
   });
+  // Boxes of a class with fewer rows may land there next.
+  if constexpr (kStagesRows<S> && kInBoxes<S, T>) ptx::publish_to_products();
   if constexpr (kStagesRows<S>) copy_rows<S, T>(p, rows, first_row, num_rows, smem_q);
 }
 

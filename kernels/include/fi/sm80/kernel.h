@@ -53,42 +53,62 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
   const WarpLoop<S, V, T> loop(p, current, rows);
   WarpState<S, T> state;
   if constexpr (kInBoxes<S, T>) {
-    static_assert(!V::kTurns && !kByWarpgroups<S, T>);
+    static_assert(!V::kTurns);
     using Loader = BoxLoader<S, T, Classes::template kHoldsBlock<T>>;
     const Loader loader(p, current);
     const auto& tiles = loader.tiles();
     const int num_tiles = loader.num_tiles();
-    int32_t pages[T::kStages];
+    const typename Loader::Boxes first = loader.fetch_first();
 #pragma unroll
-    for (int t = 0; t < T::kStages; ++t) pages[t] = loader.fetch_first(t);
-#pragma unroll
-    for (int t = 0; t < T::kStages - 1; ++t) loader.load(t, pages[t], stage(t));
+    for (int t = 0; t < T::kStages - 1; ++t) loader.start(loader.prepare(t, first, stage(t)));
+    typename Loader::Boxes boxes = loader.fetch(0);
     load_rows<S, V, T>(p, current, rows);
     __syncthreads();
     load_q<S, T>(p, item.num_rows, rows, smem_q);
     ptx::cp_async_commit();
-    int32_t page = pages[T::kStages - 1];
     load_units<S, T, Classes>(p, item, rows, smem);
     state.clear();
     ptx::cp_async_wait<0>();
+    if constexpr (kByWarpgroups<S, T>) ptx::publish_to_products();
     __syncthreads();  // queries have landed
     if (current.left > 0) Loader::template prefetch_pages<Classes>(p, current.next);
-    const auto load_next = [&](int next) {
-      loader.load(next, page, stage(next));
-      page = loader.fetch(next + 1);
-    };
     // Kernels of more than decodes have two CTAs a multiprocessor at most where a class has many
     // rows: a tile each on its way does not keep memory busy. Two each do; the second a little
     // later, so that the first is there early.
-    constexpr bool kFills = !S::kDecodes && T::kStages == 2;
-    if (kFills) load_next(1);
-    for (int t = 0; t < num_tiles; ++t) {
-      loader.wait(t);
-      if (!kFills) load_next(t + T::kStages - 1);
-      if (loader.clear_outside(t, stage(t))) __syncthreads();
-      loop.tile(smem_q, stage(t), tiles.begin(t), tiles.first(t), tiles.end(t), state);
-      __syncthreads();  // every warp has left the stage, which may be refilled
-      if (kFills) load_next(t + T::kStages);
+    constexpr bool kFills = T::kStages == 2 && (!S::kDecodes || kByWarpgroups<S, T>);
+    if (kFills) loader.start(loader.prepare(1, first, stage(1)));
+    const auto prepare = [&](int next) {
+      const auto copies = loader.prepare(next, boxes, stage(next));
+      if (next % Loader::kLanes == Loader::kLanes - 1) boxes = loader.fetch(next + 1);
+      return copies;
+    };
+    if constexpr (kByWarpgroups<S, T>) {
+      // What the next copies need to know is found out beside products.
+      static_assert(kFills);
+      const PlainTiles plain = loop.plain_tiles(tiles);
+      for (int t = 0; t < num_tiles; ++t) {
+        const bool is_plain = plain.hold(t);
+        const uint32_t products = shared_of_products();
+        const uint32_t products_kv = products + kPlan.stages + t % T::kStages * kPlan.stage_bytes;
+        loader.wait(t);
+        if (!is_plain && loader.clear_outside(t, stage(t))) __syncthreads();
+        typename Loader::Copies copies;
+        const auto nothing = [] {};
+        const auto prepares = [&] { copies = prepare(t + T::kStages); };
+        loop.tile_of_warpgroups(products, products_kv, tiles, t, is_plain, state, nothing,
+                                prepares);
+        __syncthreads();  // every warp has left the stage, which may be refilled
+        loader.start(copies);
+      }
+    } else {
+      for (int t = 0; t < num_tiles; ++t) {
+        loader.wait(t);
+        if (!kFills) loader.start(prepare(t + T::kStages - 1));
+        if (loader.clear_outside(t, stage(t))) __syncthreads();
+        loop.tile(smem_q, stage(t), tiles.begin(t), tiles.first(t), tiles.end(t), state);
+        __syncthreads();  // every warp has left the stage, which may be refilled
+        if (kFills) loader.start(prepare(t + T::kStages));
+      }
     }
     if (ptx::thread_index() == T::kThreads - 1) loader.end();
   } else {
@@ -116,26 +136,38 @@ __device__ void run_item(const KernelParams& p, CurrentItem& current, char* smem
     __syncthreads();
 #pragma unroll 1
     for (int t = 0; t < T::kStages - 1; ++t) {
-      loader.load(t, stage(t));
+      loader.load(t, stage(t), ptx::thread_index());
       ptx::cp_async_commit();
     }
     load_units<S, T, Classes>(p, item, rows, smem);
     state.clear();
+    PlainTiles plain = {};
+    if constexpr (kByWarpgroups<S, T>) plain = loop.plain_tiles(tiles);
     for (int t = 0; t < num_tiles; ++t) {
       TileRotation<S, V, T> rotation(p, current, rows, smem_q);
       rotation.fetch(tiles, t);  // while the tile is on its way
+      const uint32_t thread = ptx::thread_index();
+      const uint32_t products = kByWarpgroups<S, T> ? shared_of_products() : smem_q;
       ptx::cp_async_wait<T::kStages - 2>();
       if constexpr (kByWarpgroups<S, T>) ptx::publish_to_products();
       __syncthreads();  // tile t has landed, and every warp has left the stage refilled next
       const int next = t + T::kStages - 1;
-      loader.load(next, stage(next));
+      loader.load(next, stage(next), thread);
       ptx::cp_async_commit();
-      const int32_t page = loader.fetch(next + 1);
-      rotation.turn(tiles, t, stage(t));
-      const uint32_t products = kByWarpgroups<S, T> ? shared_of_products() : smem_q;
-      loop.tile(products, products + kPlan.stages + t % T::kStages * kPlan.stage_bytes,
-                tiles.begin(t), tiles.first(t), tiles.end(t), state);
-      loader.publish(next + 1, page);
+      int32_t page;
+      const auto fetch = [&] { page = loader.fetch(next + 1); };
+      const auto publish = [&] { loader.publish(next + 1, page); };
+      if constexpr (kByWarpgroups<S, T>) {
+        rotation.turn(tiles, t, stage(t));
+        loop.tile_of_warpgroups(products,
+                                products + kPlan.stages + t % T::kStages * kPlan.stage_bytes, tiles,
+                                t, plain.hold(t), state, fetch, publish);
+      } else {
+        fetch();
+        rotation.turn(tiles, t, stage(t));
+        loop.tile(smem_q, stage(t), tiles.begin(t), tiles.first(t), tiles.end(t), state);
+        publish();
+      }
     }
     ptx::cp_async_wait<0>();
     __syncthreads();  // queries have landed, even without a tile, and all have left their place
@@ -322,7 +354,7 @@ __device__ void run_items(const KernelParams& p) {
   CurrentItem& current = current_item();
   using Few = FewUnits<S, Classes>;
   __shared__ int is_done[Few::kMost];
-  constexpr bool kAnyInBoxes = kBoxClasses<S, Classes> > 0;
+  constexpr bool kAnyInBoxes = kAnyBoxes<S, Classes>;
   __shared__ PendingUnits<kAnyInBoxes ? kMostPendingInBoxes : kMostPending> pending;
   static_assert(sizeof(current) + sizeof(is_done) + sizeof(pending) <=
                 (kAnyInBoxes ? kBoxAtom - sizeof(Landings) : kStaticBytes));
@@ -335,7 +367,7 @@ __device__ void run_items(const KernelParams& p) {
     if (ptx::thread_index() == 0) {
       ptx::prefetch_map(p.k_boxes);
       ptx::prefetch_map(p.v_boxes);
-      landings().init();
+      landings().init(Classes::kThreads / 32);
     }
   }
   ptx::wait_for_previous_grid();  // of which plan, queries and KV may be
@@ -355,7 +387,7 @@ __device__ void run_items(const KernelParams& p) {
     current.table = p.table;
   }
   __syncthreads();
-  if constexpr (kAnyInBoxes) {
+  if constexpr (kInBoxes<S, FirstOf<Tiles...>>) {
     BoxLoader<S, FirstOf<Tiles...>, true>::template prefetch_pages<Classes>(p, current.next);
   }
   while (true) {

@@ -11,14 +11,6 @@ namespace fi::sm80 {
 
 static_assert(sizeof(VariantRow) == kRowInfoBytes);
 
-// Whether a tile class multiplies by warpgroups: four warps that split the rows, and operands that
-// wgmma can read. Where they lie is not padded but swizzled (ptx/wgmma.h), within the same places.
-template <class S, class T>
-constexpr bool kByWarpgroups =
-    ptx::kHasWarpgroups && S::kAligned && !S::kFp8 && S::kHeadDimQk % 64 == 0 &&
-    S::kHeadDimVo % 64 == 0 && S::kHeadDimQk != 192 && T::kKvTile % 64 == 0 && T::kWarpsN == 1 &&
-    T::kWarpsM % 4 == 0 && (T::kRowBlocks == 1 || T::kWarpsM == 4);
-
 // Bytes from the start of a tile of kRows swizzled rows to a 16-byte chunk of one of them.
 template <int kRows>
 __device__ inline uint32_t swizzled_chunk(uint32_t row, uint32_t chunk) {
@@ -385,6 +377,8 @@ class KvLoader {
   static constexpr int kRowK = kSwizzles ? ptx::kSwizzledRow : kPlan.pitch_k;
   static constexpr int kRowV = kSwizzles ? ptx::kSwizzledRow : kPlan.pitch_v;
   static constexpr int kNextChunk = kSwizzles ? T::kKvTile * ptx::kSwizzledRow : kLanesPerRow * 16;
+  // Offsets of a token's K and V by a thread each.
+  static constexpr bool kSplits = kSwizzles && !kFromShared && T::kThreads == 2 * T::kKvTile;
   static_assert(!kSwizzles || (kLanesPerRow == 8 && kRowsPerPass % 8 == 0));
   static_assert(T::kKvTile <= T::kThreads);
   // KV that no other tile reads leaves the L2 to the rest.
@@ -406,7 +400,7 @@ class KvLoader {
   // Page id of this thread's token of `tile`, -1 for none.
   __device__ int32_t fetch(int tile) const {
     const uint32_t thread = ptx::thread_index();
-    return thread < T::kKvTile ? fetch(tile, thread) : -1;
+    return kSplits || thread < T::kKvTile ? fetch(tile, thread % T::kKvTile) : -1;
   }
 
   // Page id of one token of `tile`. Entries past the range are never dereferenced.
@@ -423,27 +417,28 @@ class KvLoader {
 
   // Offsets of `tile`, whose page id fetch() brought; load() may read them after a CTA barrier.
   __device__ void publish(int tile, int32_t page) const {
-    const uint32_t thread = ptx::thread_index();
-    if (thread < T::kKvTile) publish(tile, thread, page);
+    const uint32_t thread = ptx::thread_index(), token = thread % T::kKvTile;
+    if constexpr (kSplits) {
+      const bool is_v = thread >= T::kKvTile;
+      RowOffsets& row = offsets_[tile % T::kStages * T::kKvTile + token];
+      (is_v ? row.v : row.k) =
+          page < 0 ? kNoRow : offset_of(is_v ? p_.kv.v_stride : p_.kv.k_stride, page, tile, token);
+    } else {
+      if (thread < T::kKvTile) publish(tile, token, page);
+    }
   }
   __device__ void publish(int tile, int token, int32_t page) const {
     RowOffsets row = {kNoRow, kNoRow};
     if (page >= 0) {
-      const int in_page = offset_in_page(tiles_.begin(tile) + token);
-      const KvStrides& k = kFromShared ? current_.k_stride : p_.kv.k_stride;
-      const KvStrides& v = kFromShared ? current_.v_stride : p_.kv.v_stride;
-      row.k = page * k.page + in_page * k.token + current_.item.kv_head * k.head;
-      row.v = page * v.page + in_page * v.token + current_.item.kv_head * v.head;
-      row.k *= S::kKvBytes;
-      row.v *= S::kKvBytes;
+      row.k = offset_of(kFromShared ? current_.k_stride : p_.kv.k_stride, page, tile, token);
+      row.v = offset_of(kFromShared ? current_.v_stride : p_.kv.v_stride, page, tile, token);
     }
     offsets_[tile % T::kStages * T::kKvTile + token] = row;
   }
 
   // Starts the copies of a published tile; past the last one, of zeros. What depends on the thread
   // comes first in each address: the rest are constants of the instruction.
-  __device__ void load(int tile, uint32_t smem) const {
-    const uint32_t thread = ptx::thread_index();
+  __device__ void load(int tile, uint32_t smem, uint32_t thread) const {
     const uint32_t lane = thread % kLanesPerRow, first_row = thread / kLanesPerRow;
     const RowOffsets* offsets = offsets_ + tile % T::kStages * T::kKvTile + first_row;
     const uint32_t place = kSwizzles ? (lane ^ first_row) % 8 * 16 : lane * 16;
@@ -452,11 +447,16 @@ class KvLoader {
     const char* k = static_cast<const char*>(p_.kv.k) + lane * 16;
     const char* v = static_cast<const char*>(p_.kv.v) + lane * 16;
     const uint64_t policy = kEvictsFirst ? ptx::evict_first() : 0;
+    // For warps that multiply themselves their latency spaces the copies out; at once they stall.
+    constexpr bool kAtOnce = kByWarpgroups<S, T>;
+    RowOffsets all[kPasses];
+#pragma unroll
+    for (int i = 0; kAtOnce && i < kPasses; ++i) all[i] = offsets[i * kRowsPerPass];
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const int row = i * kRowsPerPass;
       if (T::kKvTile % kRowsPerPass != 0 && row + first_row >= T::kKvTile) continue;
-      const RowOffsets at = offsets[row];  // its latency spaces the copies out; at once they stall
+      const RowOffsets at = kAtOnce ? all[i] : offsets[row];
       const bool valid = at.k >= 0;
       copy_row<kChunksK>(smem_k + row * kRowK, k + at.k, lane, valid, policy);
       copy_row<kChunksV>(smem_v + row * kRowV, v + at.v, lane, valid, policy);
@@ -464,6 +464,13 @@ class KvLoader {
   }
 
  private:
+  // In bytes, of a token's row in a page.
+  __device__ int64_t offset_of(const KvStrides& stride, int32_t page, int tile, int token) const {
+    const int in_page = offset_in_page(tiles_.begin(tile) + token);
+    return (page * stride.page + in_page * stride.token + current_.item.kv_head * stride.head) *
+           S::kKvBytes;
+  }
+
   __device__ int offset_in_page(int pos) const {
     if constexpr (S::kPlainPages) return pos & ((1 << p_.page_shift) - 1);
     return pos % p_.table.page_size;

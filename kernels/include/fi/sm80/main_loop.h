@@ -85,26 +85,54 @@ class WarpLoop : public TileLoop<S, V, T> {
     return first_row() >= current_.item.num_rows;
   }
 
+  // KV tile t by warpgroups, as tile(); is_plain: nothing of it is masked by position.
+  // beside_first() runs while its first products do, beside_last() while its last ones do.
+  template <class Tiles, class First, class Last>
+  __device__ void tile_of_warpgroups(uint32_t smem_q, uint32_t smem_kv, const Tiles& tiles, int t,
+                                     bool is_plain, WarpState<S, T>& state,
+                                     const First& beside_first, const Last& beside_last) const {
+    const MaskKind kind = V::kHasMasks ? mask_kind(tiles.begin(t), tiles.end(t)) : MaskKind::kFull;
+    if (kind == MaskKind::kEmpty) {
+      beside_first();
+      beside_last();
+      return;
+    }
+    constexpr int kCols = kStepCols<S, V, T>, kSteps = T::kKvTile / kCols;
+    static_assert(T::kWarpsN == 1 && kSteps * kCols == T::kKvTile);
+#pragma unroll 1
+    for (int i = 0; i < kSteps; ++i) {
+      const int c = i * kCols;
+      const uint32_t smem_k = smem_kv + c * ptx::kSwizzledRow;
+      const auto first = [&] {
+        if (i == 0) beside_first();
+      };
+      const auto last = [&] {
+        if (i == kSteps - 1) beside_last();
+      };
+      // Looked up where a tile is not plain: few are.
+      const auto columns = [&] {
+        return Columns{tiles.begin(t) + c, tiles.first(t), tiles.end(t)};
+      };
+      const bool crosses = !is_plain && crosses_band(columns(), kCols);
+      step_of_warpgroup(smem_q, smem_k, smem_k + kPlan.stage_k, columns, crosses, kind, state,
+                        first, last);
+    }
+  }
+
   // One KV tile: positions from kv_begin on, of those [kv_first, kv_end) at most, in steps of as
   // many columns as fit. Only tiles of boxes begin before kv_first.
   __device__ void tile(uint32_t smem_q, uint32_t smem_kv, int kv_begin, int kv_first, int kv_end,
                        WarpState<S, T>& state) const {
     const MaskKind kind = mask_kind(kv_begin, kv_end);
-    if (kind == MaskKind::kEmpty || (!kByWarpgroups<S, T> && is_idle())) return;
+    if (kind == MaskKind::kEmpty || is_idle()) return;
     const int first = first_col();
     constexpr int kSteps = T::kWarpCols / kStepCols<S, V, T>;
     static_assert(kSteps * kStepCols<S, V, T> == T::kWarpCols);
 #pragma unroll 1
     for (int i = 0; i < kSteps; ++i) {
       const int c = first + i * kStepCols<S, V, T>;
-      if constexpr (kByWarpgroups<S, T>) {
-        step_of_warpgroup(smem_q, smem_kv + c * ptx::kSwizzledRow,
-                          smem_kv + kPlan.stage_k + c * ptx::kSwizzledRow,
-                          {kv_begin + c, kv_first, kv_end}, kind, state);
-      } else {
-        step(smem_q, smem_kv + c * kPlan.pitch_k, smem_kv + kPlan.stage_k + c * kPlan.pitch_v,
-             {kv_begin + c, kv_first, kv_end}, kind, state);
-      }
+      step(smem_q, smem_kv + c * kPlan.pitch_k, smem_kv + kPlan.stage_k + c * kPlan.pitch_v,
+           {kv_begin + c, kv_first, kv_end}, kind, state);
     }
   }
 
@@ -114,36 +142,45 @@ class WarpLoop : public TileLoop<S, V, T> {
     Logits s;
     qk_gemm(smem_q, smem_k, s);
 #pragma unroll
-    for (int b = 0; b < T::kRowBlocks; ++b) softmax_block(columns, kind, b, s[b], state);
+    for (int b = 0; b < T::kRowBlocks; ++b) {
+      const bool crosses = crosses_band(columns, kStepCols<S, V, T>);
+      softmax_block([&] { return columns; }, crosses, kind, b, s[b], state);
+    }
     pv_gemm(smem_v, s, state);
   }
 
   // The same by warpgroups: while a block of rows is in its softmax, the next one's logits and the
   // last one's output are on their way.
+  template <class ColumnsOf, class First, class Last>
   __device__ void step_of_warpgroup(uint32_t smem_q, uint32_t smem_k, uint32_t smem_v,
-                                    Columns columns, MaskKind kind, WarpState<S, T>& state) const {
+                                    const ColumnsOf& columns, bool crosses, MaskKind kind,
+                                    WarpState<S, T>& state, const First& beside_first,
+                                    const Last& beside_last) const {
     Logits s;
     ptx::begin_products();
 #pragma unroll
     for (int b = 0; b < T::kRowBlocks; ++b) start_qk(smem_q, smem_k, b, s[b]);
+    beside_first();
 #pragma unroll
     for (int b = 0; b < T::kRowBlocks; ++b) {
       ptx::wait_products<T::kRowBlocks - 1>();
       ptx::settle(s[b]);
       // A warp without rows takes part in products, of zeros. Where few tiles have such warps, the
       // test is not worth its compile time.
-      if (T::kRowBlocks > 1 || !is_idle()) softmax_block(columns, kind, b, s[b], state);
+      if (T::kRowBlocks > 1 || !is_idle()) softmax_block(columns, crosses, kind, b, s[b], state);
       start_pv(smem_v, s[b], state.o[b]);
     }
+    beside_last();
     ptx::wait_products<0>();
 #pragma unroll
     for (int b = 0; b < T::kRowBlocks; ++b) ptx::settle(state.o[b]);
   }
 
-  __device__ void softmax_block(Columns columns, MaskKind kind, int b, float (&s)[kColBlocks][4],
-                                WarpState<S, T>& state) const {
-    if constexpr (Base::kHasFunctions) apply_functions(columns.begin, columns.end, kind, b, s);
-    if (crosses_band(columns, kStepCols<S, V, T>)) apply_band(columns, b, s);
+  template <class ColumnsOf>
+  __device__ void softmax_block(const ColumnsOf& columns, bool crosses, MaskKind kind, int b,
+                                float (&s)[kColBlocks][4], WarpState<S, T>& state) const {
+    if constexpr (Base::kHasFunctions) apply_functions(columns().begin, columns().end, kind, b, s);
+    if (crosses) apply_band(columns(), b, s);
     if constexpr (V::kSoftmax) online_softmax(b, s, state);
   }
 
@@ -293,24 +330,32 @@ class WarpLoop : public TileLoop<S, V, T> {
   // s -> p = 2^(scale * s - max). Where products are the limit the state is rescaled only when a
   // maximum grew by more than kSlack: p then stays below 2^kSlack, which fp32 sums and both 16-bit
   // types hold as exactly as values below 1, and most tiles are spared a pass over o (the idea of
-  // FlashAttention-4).
+  // FlashAttention-4). Whether one did shows in some lane's own columns: the four lanes of a row
+  // agree on its maximum only then.
   __device__ void online_softmax(int b, float (&s)[kColBlocks][4], WarpState<S, T>& state) const {
     const float scale_log2 = Base::scale_log2();
     float top[2];
     bool grows = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float x = neg_infinity();
+      // Short chains, a result of which comes four cycles later.
+      constexpr int kChains = kColBlocks % 4 == 0 ? 4 : 2;
+      float most[kChains];
 #pragma unroll
       for (int n = 0; n < kColBlocks; ++n) {
-        x = fmaxf(x, fmaxf(s[n][half * 2], s[n][half * 2 + 1]));
+        const float pair = fmaxf(s[n][half * 2], s[n][half * 2 + 1]);
+        most[n % kChains] = n < kChains ? pair : fmaxf(most[n % kChains], pair);
       }
-      x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
-      x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
-      top[half] = x * scale_log2;
-      grows |= kAlways || top[half] > state.row_max[b][half] + kSlack;
+      top[half] = fmaxf(most[0], most[1]);
+      if constexpr (kChains == 4) top[half] = fmaxf(top[half], fmaxf(most[2], most[3]));
+      top[half] *= scale_log2;
+      grows |= top[half] > state.row_max[b][half] + kSlack;
     }
-    if (kAlways || __any_sync(0xffffffff, grows)) rescale(top, b, state);
+    if (kAlways || __any_sync(0xffffffff, grows)) {
+      top[0] = most_of_row(top[0]);
+      top[1] = most_of_row(top[1]);
+      rescale(top, b, state);
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float base = finite_or_zero(state.row_max[b][half]);
@@ -326,6 +371,12 @@ class WarpLoop : public TileLoop<S, V, T> {
       }
       state.row_sum[b][half] = sum;
     }
+  }
+
+  // The greatest value of the four lanes of a row.
+  __device__ static float most_of_row(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
   }
 
   __device__ void rescale(const float (&top)[2], int b, WarpState<S, T>& state) const {

@@ -11,6 +11,13 @@ struct Columns {
   int begin, first, end;
 };
 
+// Tiles of an item where nothing is masked by position and nothing lies outside of their run.
+struct PlainTiles {
+  int begin, end;
+
+  __device__ bool hold(int tile) const { return tile >= begin && tile < end; }
+};
+
 // A loop over tiles, but for its products.
 template <class S, class V, class T>
 class TileLoop {
@@ -20,6 +27,20 @@ class TileLoop {
 
   __device__ static int lane() { return ptx::thread_index() % 32; }
   __device__ static int first_col() { return ptx::thread_index() / 32 % T::kWarpsN * T::kWarpCols; }
+
+  // Those of the longer run: what a tile costs is found out before the loop.
+  template <class Tiles>
+  __device__ PlainTiles plain_tiles(const Tiles& tiles) const {
+    const int count = tiles.count();
+    const int first_tile = tiles.before_hole < count - tiles.before_hole ? tiles.before_hole : 0;
+    const Band& band = p_.band;
+    int first = tiles.first(first_tile), end = tiles.end(first_tile);
+    const int begin = tiles.begin(first_tile);
+    if (band.left >= 0) first = max_i32(first, current_.box.q_pos_max - band.left);
+    if (band.right >= 0) end = min_i32(end, current_.box.q_pos_min + band.right + 1);
+    return {first_tile + ceil_div(first - begin, T::kKvTile),
+            first_tile + (max_i32(end, begin) - begin) / T::kKvTile};
+  }
 
  protected:
   // A lane's row of K or V at its chunk `chunk`, 0 or 1, of 16 bytes; boxes leave them swizzled.
