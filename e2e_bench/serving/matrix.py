@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +90,7 @@ class Matrix:
         out: JSON to write, or to go on with.
         logs: folder of the servers' logs.
         options: further command line of servers.
-        at_once: servers that are started together; loads run on one of them at a time.
+        at_once: servers that are started together; when all are ready, loads run on one at a time.
         kv_bytes: of each server's KV cache on each GPU; None: as much as there is.
     """
 
@@ -157,6 +157,7 @@ class Matrix:
                 print(f"{job.backend}: starting a {job.row} …", flush=True)
                 served.append(self._start(job, environment, stack))
             ready = [pool.submit(one.server.wait) for one in served]
+            wait(ready)  # one that still captures or compiles takes GPU and cores from the first
             for job, one, waited in zip(jobs, served, ready, strict=True):
                 try:
                     waited.result()

@@ -111,13 +111,13 @@ def test_boxes_leave_decodes_of_dimension_64_room_for_a_third_cta() -> None:
     assert (ctas(boxes=False), ctas(boxes=True)) == (2, 3)
 
 
-def test_boxes_are_of_whole_rows_of_128_bytes_and_of_8_tokens() -> None:
+def test_boxes_are_of_whole_rows_of_128_bytes_and_of_16_tokens() -> None:
     bf16, fp8 = torch.bfloat16, torch.float8_e4m3fn
     heads = {dim: HeadShape(8, 2, dim) for dim in (64, 80, 128, 256)}
     taken = {(d, kv) for d in heads for kv in (bf16, fp8) if takes_boxes(heads[d], kv, None, 16)}
     assert taken == {(64, bf16), (128, bf16), (128, fp8), (256, bf16), (256, fp8)}
     assert takes_boxes(HeadShape(8, 2, 192, 128), bf16, None, 16)
-    assert [takes_boxes(heads[128], bf16, None, size) for size in (1, 4, 8, 512)] == [
+    assert [takes_boxes(heads[128], bf16, None, size) for size in (1, 8, 16, 512)] == [
         *(False, False),
         *(True, True),
     ]
