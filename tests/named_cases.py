@@ -138,7 +138,7 @@ STEPS = {"any": 0, "drafts": 8, "decode": 1}
 
 def capacity_of(step: str) -> Capacity:
     """Return the capacity that every GPU case with steps of this kind is planned with."""
-    return Capacity(64, 1024, 2048, max_q_len=STEPS[step])
+    return Capacity(64, 1024, 8192, max_q_len=STEPS[step])
 
 
 def tensor_core_case(case: Case, dtype: torch.dtype) -> Case:

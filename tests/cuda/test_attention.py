@@ -148,6 +148,9 @@ def test_equal_bits_on_repeat(device: str, case: Case) -> None:
     [
         Case("split", ((1, 1200), (70, 300)), heads(4, 128), BF16),
         Case("split-decode", ((1, 1500), (1, 3)), heads(4, 128), BF16, FP8),
+        # More tiles in an item than a warp has lanes, which hold their page ids.
+        Case("long", ((1, 4500), (70, 2300)), heads(4, 128), BF16),
+        Case("long-parts-of-pages", ((1, 4500), (70, 2300)), heads(8), FP16, page_size=256),
     ],
     ids=lambda case: case.name,
 )
