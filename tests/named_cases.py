@@ -11,6 +11,7 @@ import random
 
 import torch
 from cases import Case
+from variant_cases import GPU_KV_LEN, GPU_TOKENS
 
 from fi_backend import Capacity
 from fi_backend.formats import CAUSAL, FULL, Band, HeadShape
@@ -138,7 +139,7 @@ STEPS = {"any": 0, "drafts": 8, "decode": 1}
 
 def capacity_of(step: str) -> Capacity:
     """Return the capacity that every GPU case with steps of this kind is planned with."""
-    return Capacity(64, 1024, 8192, max_q_len=STEPS[step])
+    return Capacity(64, GPU_TOKENS, GPU_KV_LEN, max_q_len=STEPS[step])
 
 
 def tensor_core_case(case: Case, dtype: torch.dtype) -> Case:

@@ -26,6 +26,9 @@ from fi_backend.variants.shipped import (
 if TYPE_CHECKING:
     from cases import Case
 
+# What every GPU case is planned for: tokens of a step, slots of a request.
+GPU_TOKENS, GPU_KV_LEN = 1024, 8192
+
 Made = tuple[Variant, Mapping[str, Tensor | float]]
 
 
@@ -124,18 +127,18 @@ VARIANTS: dict[str, Callable[[Case, Generator], Made]] = {
     "rope": lambda case, _: _rope(case),
     "rope-some": lambda case, _: _rope(case, 24, interleaved=True),
     # With room for what a planner on a GPU is built for.
-    "gpu-rope": lambda case, _: _rope(case, slots=2048),
-    "gpu-rope-some": lambda case, _: _rope(case, 32, interleaved=True, slots=2048),
-    "gpu-rope-steps": lambda case, _: _rope(case, slots=2048, multiples=True),
+    "gpu-rope": lambda case, _: _rope(case, slots=GPU_KV_LEN),
+    "gpu-rope-some": lambda case, _: _rope(case, 32, interleaved=True, slots=GPU_KV_LEN),
+    "gpu-rope-steps": lambda case, _: _rope(case, slots=GPU_KV_LEN, multiples=True),
     "gpu-rope-some-steps": lambda case, _: _rope(
-        case, 32, interleaved=True, slots=2048, multiples=True
+        case, 32, interleaved=True, slots=GPU_KV_LEN, multiples=True
     ),
-    "gpu-streaming-steps": lambda case, _: _streaming(case, 40, 4, 1024, multiples=True),
+    "gpu-streaming-steps": lambda case, _: _streaming(case, 40, 4, GPU_TOKENS, multiples=True),
     "gpu-streaming-many-sinks-steps": lambda case, _: _streaming(
-        case, 20, 70, 1024, multiples=True
+        case, 20, 70, GPU_TOKENS, multiples=True
     ),
-    "gpu-streaming": lambda case, _: _streaming(case, 40, 4, 1024),
-    "gpu-streaming-many-sinks": lambda case, _: _streaming(case, 20, 70, 1024),
+    "gpu-streaming": lambda case, _: _streaming(case, 40, 4, GPU_TOKENS),
+    "gpu-streaming-many-sinks": lambda case, _: _streaming(case, 20, 70, GPU_TOKENS),
     "streaming": lambda case, _: _streaming(case, 40, 4),
     "streaming-no-sinks": lambda case, _: _streaming(case, 16, 0),
     "streaming-many-sinks": lambda case, _: _streaming(case, 20, 70),

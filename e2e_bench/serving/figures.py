@@ -121,7 +121,7 @@ def _draw_loads(axes: Any, loads: Sequence[tuple[str, Sequence[Row]]]) -> None:
             bars = axis.barh(names, [row[key] for row in shown], color=colors)
             axis.bar_label(bars, fmt="%.4g", padding=3)
             axis.invert_yaxis()
-            axis.margins(x=0.15)
+            axis.margins(x=0.22)
             axis.set_title(f"{title}: {unit}", fontsize=9)
 
 

@@ -73,6 +73,8 @@ class Case:
 
 
 GRAPHS = ("steps", "forwards", "decode_steps", "graph_steps")
+# Where a model drafts, every step after the prompt verifies drafts.
+DRAFTS = ("steps", "forwards", "verify_steps", "graph_steps")
 
 
 def cases() -> list[Case]:
@@ -91,12 +93,12 @@ def cases() -> list[Case]:
         Case(
             Run("llama trees", llama, OURS, DRAFTING | TREES, drafts=True),
             plain,
-            (*GRAPHS, "verify_steps"),
+            DRAFTS,
         ),
         Case(
             Run("llama chains", llama, OURS, DRAFTING | CHAINS, drafts=True),
             plain,
-            (*GRAPHS, "verify_steps"),
+            DRAFTS,
         ),
         Case(
             Run("llama fp8", llama, OURS, narrow),

@@ -10,11 +10,21 @@ import pytest
 import sanitize
 import torch
 from cases import Case, make_out, make_problem
-from named_cases import BF16, CASES, FP16, GPU_CASES, MIXED, gpu_cases, random_gpu_case
+from named_cases import (
+    BF16,
+    CASES,
+    FP16,
+    GPU_CASES,
+    MIXED,
+    capacity_of,
+    gpu_cases,
+    random_gpu_case,
+)
 from placing import copy_to, elements_around, misplace, to_device
 from running import check_problem
 from sanitizer_report import DONE, findings_of, is_complete
 from stress import LOADS, Stress, run_steps
+from variant_cases import GPU_KV_LEN, GPU_TOKENS, VARIANTS
 
 import fi_backend as fi
 from e2e_bench import report
@@ -73,10 +83,23 @@ def test_every_case_is_one_that_tensor_cores_take() -> None:
     for case in [case for _, case in pairs] + [random_gpu_case(seed) for seed in range(300)]:
         assert case.dtype in {BF16, FP16}
         assert case.heads.head_dim_qk % 16 == case.heads.head_dim_vo % 16 == 0
-        assert len(case.lengths) <= 64 and sum(q for q, _ in case.lengths) <= 1024
-        assert max((kv for _, kv in case.lengths), default=0) <= 2048
+        assert len(case.lengths) <= 64 and sum(q for q, _ in case.lengths) <= GPU_TOKENS
+        assert max((kv for _, kv in case.lengths), default=0) <= GPU_KV_LEN
     decodes = [case for step, case in pairs if step == "decode"]
     assert len(decodes) > 20 and all(q <= 1 for case in decodes for q, _ in case.lengths)
+
+
+ROTATED = [pair for pair in gpu_cases() if "gpu-" in pair[1].variant]
+
+
+@pytest.mark.parametrize(("step", "case"), ROTATED, ids=[f"{c.name}-{s}" for s, c in ROTATED])
+def test_angles_reach_as_far_as_the_capacity(step: str, case: Case) -> None:
+    variant, params = VARIANTS[case.variant](case, torch.Generator())
+    capacity, rotation = capacity_of(step), variant.rotation
+    assert rotation is not None
+    table = torch.as_tensor(params[rotation.cos_sin])
+    dims = case.heads.head_dim_qk, capacity.longest_q_len, capacity.max_kv_len
+    rotation.check_table(table, *dims)
 
 
 @pytest.mark.parametrize("name", LOADS)
